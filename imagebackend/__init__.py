@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a template image to a guest's disk, whatever the storage underneath."""

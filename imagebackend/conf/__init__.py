@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option, once.
+
+Names, groups, types and defaults are Nova's where Nova has the option, so that an operator's ini file means here
+what it meant there. The sample file ``etc/imagebackend/imagebackend.conf.sample`` is generated from this folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from oslo_config import cfg
+
+from imagebackend import exceptions
+from imagebackend.conf import default, image_cache, libvirt
+
+__all__ = ["list_opts", "load_config", "register_opts"]
+
+_GROUPS: tuple[tuple[str, Sequence[cfg.Opt]], ...] = (
+    ("DEFAULT", default.OPTIONS),
+    ("libvirt", libvirt.OPTIONS),
+    ("image_cache", image_cache.OPTIONS),
+)
+
+
+def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
+    """Return every option by group, for oslo-config-generator (entry point ``oslo.config.opts``)."""
+    return [(group, list(options)) for group, options in _GROUPS]
+
+
+def register_opts(conf: cfg.ConfigOpts) -> None:
+    """Register every option of this library with ``conf``, an agent's own configuration object.
+
+    :raises oslo_config.cfg.DuplicateOptError: the agent registered an option of that name with another meaning.
+    """
+    for group, options in _GROUPS:
+        conf.register_opts(options, group=None if group == "DEFAULT" else group)
+
+
+def load_config(files: Sequence[str] = (), directories: Sequence[str] = ()) -> cfg.ConfigOpts:
+    """Return a configuration read from ini files, every value of it checked.
+
+    Options that this library does not know are ignored, so that a nova.conf loads.
+
+    :param files: ini files; a later one overrides an earlier one.
+    :param directories: folders whose ``*.conf`` files are read after them, in sorted order.
+    :raises InvalidConfiguration: a file cannot be read or parsed, or a value is not of its option's type.
+    """
+    conf = cfg.ConfigOpts()
+    register_opts(conf)
+    try:
+        # Without a project name oslo.config would look for files of its own choosing.
+        conf([], project="imagebackend", default_config_files=list(files), default_config_dirs=list(directories))
+    except cfg.Error as error:
+        raise exceptions.InvalidConfiguration("configuration files", str(error)) from error
+    check(conf)
+    return conf
+
+
+def check(conf: cfg.ConfigOpts) -> None:
+    """Read every value once, since oslo.config reports a bad one only when it is used.
+
+    :raises InvalidConfiguration: a value is not of its option's type.
+    """
+    for group, options in _GROUPS:
+        for option in options:
+            try:
+                section = conf if group == "DEFAULT" else conf[group]
+                section[option.dest]
+            except (cfg.Error, ValueError) as error:
+                raise exceptions.InvalidConfiguration(f"[{group}] {option.name}", str(error)) from error

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of ``[image_cache]``."""
+
+from __future__ import annotations
+
+from oslo_config import cfg
+
+OPTIONS = (
+    cfg.StrOpt(
+        "subdirectory_name",
+        default="_base",
+        help="The folder under instances_path that holds the templates.",
+    ),
+    cfg.FloatOpt(
+        "fetch_timeout",
+        default=60.0,
+        min=0.001,
+        help="After how many seconds without any data a transfer is given up.",
+    ),
+    cfg.IntOpt(
+        "fetch_retries",
+        default=5,
+        min=0,
+        help="How often a transfer is taken up again after a connection error or a server's error (5xx).",
+    ),
+    cfg.IntOpt(
+        "max_virtual_size",
+        default=0,
+        min=0,
+        help="The largest virtual size, in bytes, that a template may have. 0: no limit.",
+    ),
+)
