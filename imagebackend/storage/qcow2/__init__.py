@@ -3,7 +3,28 @@
 
 from __future__ import annotations
 
+from imagebackend.storage.qcow2.chain import BackingFile, backing_chain
 from imagebackend.storage.qcow2.header import Header, read_header
 from imagebackend.storage.qcow2.overlay import write_overlay
+from imagebackend.storage.qcow2.tables import (
+    Run,
+    Snapshot,
+    allocated_size,
+    check_refcount_table,
+    data_runs,
+    read_snapshots,
+)
 
-__all__ = ["Header", "read_header", "write_overlay"]
+__all__ = [
+    "BackingFile",
+    "Header",
+    "Run",
+    "Snapshot",
+    "allocated_size",
+    "backing_chain",
+    "check_refcount_table",
+    "data_runs",
+    "read_header",
+    "read_snapshots",
+    "write_overlay",
+]
