@@ -1,2 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TODO."""
+"""What libvirt is told about a guest's disks: XML, limits on I/O, cache modes. Pure: nothing here does I/O."""
+
+from __future__ import annotations
+
+from imagebackend.guest.backing_store import LibvirtConfigGuestDiskBackingStore
+from imagebackend.guest.disk import LibvirtConfigGuestDeviceAddressDrive, LibvirtConfigGuestDisk
+from imagebackend.guest.encryption import LibvirtConfigGuestDiskEncryption, LibvirtConfigGuestDiskEncryptionSecret
+from imagebackend.guest.filesystem import LibvirtConfigGuestFilesys
+
+__all__ = [
+    "LibvirtConfigGuestDeviceAddressDrive",
+    "LibvirtConfigGuestDisk",
+    "LibvirtConfigGuestDiskBackingStore",
+    "LibvirtConfigGuestDiskEncryption",
+    "LibvirtConfigGuestDiskEncryptionSecret",
+    "LibvirtConfigGuestFilesys",
+]
