@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 from imagebackend import exceptions
-from imagebackend.storage import reflink
+from imagebackend.storage import qcow2, reflink
 
 __all__ = ["allocate", "copy", "copy_runs"]
 
@@ -56,7 +56,7 @@ def copy(source: int, target: int, *, progress: Progress | None = None, share: b
 def copy_runs(
     source: int,
     target: int,
-    runs: Iterable[tuple[int, int, int]],
+    runs: Iterable[qcow2.Run],
     *,
     progress: Progress | None = None,
     share: bool = True,
@@ -65,7 +65,7 @@ def copy_runs(
 
     :param source: descriptor of the image, open for reading; nobody writes to it meanwhile.
     :param target: descriptor of a regular file that has its final size and reads as zeros, open for writing.
-    :param runs: (guest offset, host offset, length) in bytes: where it goes in the target, where it is in the source.
+    :param runs: where the data are in the source, and where they go in the target (guest offset).
     :param progress: called with the end of the last run in the target, and the target's size.
     :param share: let the target share the source's blocks where the file system can. Otherwise, it has its own.
     :raises InsufficientSpace, PermissionDenied, StorageError: as the operating system says, or the source is shorter
@@ -74,12 +74,12 @@ def copy_runs(
     try:
         size = os.fstat(target).st_size
         _tell(progress, 0, size)
-        for guest_offset, host_offset, length in runs:
-            cloned = _clone_aligned(source, target, guest_offset, host_offset, length) if share else 0
+        for run in runs:
+            cloned = _clone_aligned(source, target, run) if share else 0
             if cloned:
-                _tell(progress, guest_offset + cloned, size)
+                _tell(progress, run.guest_offset + cloned, size)
             for offset, done in _copy_range(
-                source, target, host_offset + cloned, guest_offset + cloned, length - cloned, share
+                source, target, run.host_offset + cloned, run.guest_offset + cloned, run.length - cloned, share
             ):
                 _tell(progress, offset + done, size)
         _tell(progress, size, size)
@@ -128,10 +128,10 @@ def _data(source: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def _clone_aligned(source: int, target: int, guest_offset: int, host_offset: int, length: int) -> int:
+def _clone_aligned(source: int, target: int, run: qcow2.Run) -> int:
     # The end of a disk need not be aligned, but that is no reason to copy all of its last run.
-    length -= length % _ALIGNMENT
-    if length and reflink.clone_range(source, target, host_offset, length, guest_offset):
+    length = run.length - run.length % _ALIGNMENT
+    if length and reflink.clone_range(source, target, run.host_offset, length, run.guest_offset):
         return length
     return 0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from imagebackend import exceptions
-from imagebackend.storage import reflink, sparse_copy
+from imagebackend.storage import qcow2, reflink, sparse_copy
 from tests.functional.filesystems import allocated, shared
 
 MIB = 1 << 20
@@ -179,15 +179,20 @@ def test_clone_range_needs_alignment(xfs_folder: Path) -> None:
 @pytest.mark.parametrize("share", [True, False])
 def test_copy_runs_scatters(folder: Path, share: bool) -> None:
     content = write_sparse(folder / "source", 12 * MIB, {0: 12 * MIB})
-    runs = [(0, 9 * MIB, 65536), (MIB, MIB, 6 * MIB), (20 * MIB, 512, 4096), (31 * MIB, 0, MIB + 512)]
+    runs = [
+        qcow2.Run(0, 9 * MIB, 65536),
+        qcow2.Run(MIB, MIB, 6 * MIB),
+        qcow2.Run(20 * MIB, 512, 4096),
+        qcow2.Run(31 * MIB, 0, MIB + 512),
+    ]
     size = 32 * MIB + 512
     seen: list[int] = []
     with opened(folder / "source", folder / "target") as (source, target):
         os.ftruncate(target, size)
         sparse_copy.copy_runs(source, target, runs, share=share, progress=lambda done, _: seen.append(done))
     expected = bytearray(size)
-    for guest_offset, host_offset, length in runs:
-        expected[guest_offset : guest_offset + length] = content[host_offset : host_offset + length]
+    for run in runs:
+        expected[run.guest_offset : run.guest_offset + run.length] = content[run.host_offset :][: run.length]
     assert (folder / "target").read_bytes() == expected
     assert seen[0] == 0
     assert seen[-1] == size
@@ -201,7 +206,7 @@ def test_copy_runs_past_the_end(ext4_folder: Path) -> None:
     with opened(ext4_folder / "source", ext4_folder / "target") as (source, target):
         os.ftruncate(target, 4 * MIB)
         with pytest.raises(exceptions.StorageError, match="earlier than expected"):
-            sparse_copy.copy_runs(source, target, [(0, 0, 2 * MIB)])
+            sparse_copy.copy_runs(source, target, [qcow2.Run(0, 0, 2 * MIB)])
 
 
 def test_allocate_allocates_grows_and_never_shrinks(folder: Path) -> None:
