@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from imagebackend.guest.backing_store import LibvirtConfigGuestDiskBackingStore
+from imagebackend.guest.cache_mode import choose_cache_mode, choose_io_mode, parse_disk_cachemodes
 from imagebackend.guest.disk import LibvirtConfigGuestDeviceAddressDrive, LibvirtConfigGuestDisk
 from imagebackend.guest.encryption import LibvirtConfigGuestDiskEncryption, LibvirtConfigGuestDiskEncryptionSecret
 from imagebackend.guest.filesystem import LibvirtConfigGuestFilesys
+from imagebackend.guest.qos import disk_qos
 
 __all__ = [
     "LibvirtConfigGuestDeviceAddressDrive",
@@ -15,4 +17,8 @@ __all__ = [
     "LibvirtConfigGuestDiskEncryption",
     "LibvirtConfigGuestDiskEncryptionSecret",
     "LibvirtConfigGuestFilesys",
+    "choose_cache_mode",
+    "choose_io_mode",
+    "disk_qos",
+    "parse_disk_cachemodes",
 ]

@@ -17,24 +17,7 @@ __all__ = ["FORMATS", "LibvirtConfigGuestDiskBackingStore"]
 
 #: The image formats of libvirt's schema.
 FORMATS = choice(
-    *(
-        "raw",
-        "qcow2",
-        "qcow",
-        "qed",
-        "cow",
-        "vmdk",
-        "vdi",
-        "vpc",
-        "vhd",
-        "luks",
-        "bochs",
-        "cloop",
-        "dmg",
-        "iso",
-        "fat",
-        "dir",
-    ),
+    *"raw qcow2 qcow qed cow vmdk vdi vpc vhd luks bochs cloop dmg iso fat dir".split(),
     newer={"ploop": 1002013},
 )
 

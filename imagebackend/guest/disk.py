@@ -84,9 +84,9 @@ _SLICE = Element(
     Property("source_slice_offset", "offset", integer(0, 2**63 - 1), since=6001000, needed=True),
     Property("source_slice_size", "size", _SIZE, since=6001000, needed=True),
 )
-_SNAPSHOT = Element(Property("source_snapshot", "name", _NAME, since=1002011, needed=True))
+_SNAPSHOT = Element(Property("source_snapshot", "name", text(), since=1002011, needed=True))
 _CONFIG = Element(Property("source_config_file", "file", _ABSOLUTE, since=1002011, needed=True))
-_AUTH = Element(Property("auth_username", "username", _NAME))
+_AUTH = Element(Property("auth_username", "username", text()))
 _SECRET = Element(
     Property("auth_secret_type", "type", choice("ceph", "iscsi")),
     Property("auth_secret_uuid", "uuid", UUID),
