@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from imagebackend.storage.qcow2.chain import BackingFile, backing_chain
-from imagebackend.storage.qcow2.header import Header, read_header
+from imagebackend.storage.qcow2.header import CORRUPT, CRYPTO_HEADER, DATA_FILE_NAME, DIRTY, Header, read_header
 from imagebackend.storage.qcow2.overlay import write_overlay
 from imagebackend.storage.qcow2.tables import (
     Run,
@@ -16,6 +16,10 @@ from imagebackend.storage.qcow2.tables import (
 )
 
 __all__ = [
+    "CORRUPT",
+    "CRYPTO_HEADER",
+    "DATA_FILE_NAME",
+    "DIRTY",
     "BackingFile",
     "Header",
     "Run",
