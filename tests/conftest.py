@@ -3,4 +3,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 pytest_plugins = ["tests.functional.filesystems"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate-golden", action="store_true", help="write the XML in tests/golden anew")

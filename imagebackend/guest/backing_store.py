@@ -17,7 +17,8 @@ __all__ = ["FORMATS", "LibvirtConfigGuestDiskBackingStore"]
 
 #: The image formats of libvirt's schema.
 FORMATS = choice(
-    *"raw qcow2 qcow qed cow vmdk vdi vpc vhd luks bochs cloop dmg iso fat dir".split(),
+    *("raw", "qcow2", "qcow", "qed", "cow", "luks"),
+    *("vmdk", "vdi", "vpc", "vhd", "bochs", "cloop", "dmg", "iso", "fat", "dir"),
     newer={"ploop": 1002013},
 )
 
