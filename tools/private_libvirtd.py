@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,7 @@ unix_sock_group = "root"
 unix_sock_rw_perms = "0700"
 auth_unix_ro = "none"
 auth_unix_rw = "none"
-host_uuid_source = "machine-id"
+host_uuid = "{host_uuid}"
 """
 
 # Disks keep the owner that they have: what the guests run as need not be let in.
@@ -113,7 +114,9 @@ def connect(name: str) -> Iterator[libvirt.virConnect]:
 def _prepare(folder: Path) -> None:
     for name in ("socket", *_FOLDERS):
         (folder / name).mkdir(parents=True)
-    (folder / "etc" / "libvirtd.conf").write_text(_LIBVIRTD_CONF.format(socket=folder / "socket"))
+    (folder / "etc" / "libvirtd.conf").write_text(
+        _LIBVIRTD_CONF.format(socket=folder / "socket", host_uuid=uuid.uuid4())
+    )
     (folder / "etc" / "qemu.conf").write_text(_QEMU_CONF)
     # Probing QEMU takes seconds, and libvirt checks for itself whether what it found last time still holds.
     if _CAPABILITIES.exists():
