@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Templates from a file of this host, named by path or by ``file:`` URL (RFC 8089)."""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import errno
+import logging
+import os
+import pathlib
+import stat
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+
+from oslo_config import cfg
+
+from imagebackend import exceptions
+from imagebackend.storage import reflink
+from imagebackend.templates.sources import Fetched, Progress
+from imagebackend.templates.sources.sink import BLOCK_SIZE, Sink, parse_checksum
+
+__all__ = ["FileSource"]
+
+LOG = logging.getLogger(__name__)
+
+
+class FileSource:
+    """A file; symbolic links are followed, since whoever names the file may use them.
+
+    It is cloned if the file system can and ``[DEFAULT] reflink`` is not ``never``. Otherwise it is copied, and its
+    holes stay holes. Arguments are those of :func:`imagebackend.templates.sources.open_source`.
+
+    :raises InvalidArgument: the URL or the checksum cannot be used.
+    """
+
+    def __init__(
+        self, url: str, conf: cfg.ConfigOpts, *, checksum: str | None = None, disk_format: str | None = None
+    ) -> None:
+        self._path = _path(url)
+        self._source = pathlib.PurePath(self._path).as_uri()
+        self._checksum = parse_checksum(checksum) if checksum is not None else None
+        self._disk_format = disk_format
+        self._clone = conf.reflink != "never"
+
+    def fetch(self, target: str, progress: Progress | None = None) -> Fetched:
+        started = time.monotonic()
+        LOG.info("fetching %s", self._source)
+        with self._open() as descriptor, Sink(target, self._source, self._checksum, progress) as sink:
+            before = os.fstat(descriptor)
+            if not stat.S_ISREG(before.st_mode):
+                raise exceptions.FetchFailed(self._source, "not a regular file")
+            if self._clone and reflink.clone_file(descriptor, sink.fileno()):
+                sink.expect(before.st_size, required=0)
+                self._read(sink.fileno(), before.st_size, sink, sink.take)
+            else:
+                sink.expect(before.st_size, required=min(before.st_size, before.st_blocks * 512))
+                self._read(descriptor, before.st_size, sink, sink.write)
+            sha256 = sink.finish()
+            after = os.fstat(descriptor)
+            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise exceptions.FetchFailed(self._source, "it changed while it was copied")
+        LOG.info("fetched %s: %d bytes in %.1f s", self._source, before.st_size, time.monotonic() - started)
+        modified = email.utils.formatdate(before.st_mtime, usegmt=True)
+        return Fetched(self._source, before.st_size, sha256, self._disk_format, None, modified)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[int]:
+        try:
+            # Without O_NONBLOCK a FIFO would hang until somebody writes to it.
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError as error:
+            raise exceptions.FetchFailed(self._source, error.strerror or str(error)) from error
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _read(self, descriptor: int, size: int, sink: Sink, take: Callable[[bytearray], None]) -> None:
+        for start, end in self._data(descriptor, size):
+            sink.skip(start - sink.size)
+            while sink.size < end:
+                take(self._block(descriptor, sink.size, end))
+                sink.report()
+        sink.skip(size - sink.size)
+
+    def _data(self, descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+        end = 0
+        while end < size:
+            try:
+                start = os.lseek(descriptor, end, os.SEEK_DATA)
+                end = min(os.lseek(descriptor, start, os.SEEK_HOLE), size)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # only a hole is left
+                    return
+                raise exceptions.FetchFailed(self._source, error.strerror or str(error)) from error
+            if start < size:
+                yield start, end
+
+    def _block(self, descriptor: int, start: int, end: int) -> bytearray:
+        block = bytearray(min(end - start, BLOCK_SIZE))
+        try:
+            length = os.preadv(descriptor, [block], start)
+        except OSError as error:
+            raise exceptions.FetchFailed(self._source, error.strerror or str(error)) from error
+        if not length:
+            raise exceptions.FetchFailed(self._source, "it became shorter while it was copied")
+        del block[length:]
+        return block
+
+
+def _path(url: str) -> str:
+    path = _path_of_url(url) if url.lower().startswith("file:") else url
+    if not path or "\0" in path:
+        raise exceptions.InvalidArgument(f"path {path!r}: empty, or with a zero byte")
+    # Not normalized: '..' behind a symbolic link does not lead where the text says.
+    return os.path.join(os.getcwd(), path)
+
+
+def _path_of_url(url: str) -> str:
+    # Not urlsplit, which drops line feeds and tabs without a word.
+    rest = url.partition(":")[2]
+    if "?" in rest or "#" in rest:
+        raise exceptions.InvalidArgument("file URL: '?' and '#' in a file name are written %3F and %23")
+    if rest.startswith("//"):
+        host, slash, path = rest[2:].partition("/")
+        if host.lower() not in ("", "localhost"):
+            raise exceptions.InvalidArgument("file URL: it names another host; 'file:///path' is a file of this one")
+        rest = slash + path
+    if not rest.startswith("/"):
+        raise exceptions.InvalidArgument("file URL: an absolute path is needed, as in 'file:///path'")
+    return os.fsdecode(urllib.parse.unquote_to_bytes(rest))

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One GET request over one connection, which the caller can watch and end at any moment.
+
+The network is waited for in a thread of its own. The caller's thread keeps reporting progress meanwhile, may raise
+out of that, and enforces the time limits, also against a server that sends a byte now and then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import ssl
+import time
+import types
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from typing import Any, ParamSpec, TypeVar
+
+import urllib3.connection
+from urllib3 import exceptions as urllib3_exceptions
+from urllib3.response import HTTPResponse
+from urllib3.util import Url, make_headers, parse_url
+
+from imagebackend.templates.sources.sink import BLOCK_SIZE, HEARTBEAT
+
+__all__ = ["Connection", "TransferError"]
+
+# The most seconds for one address to answer: time for three attempts of TCP (RFC 6298: after 1, 3 and 7 seconds).
+_CONNECT_TIMEOUT = 10.0
+# Less than this many bytes a second is a stall too, so that a transfer ends in bounded time.
+_SLOWEST = 1024
+# What the network and whoever is at the other end of it may cause.
+_ERRORS = (OSError, http.client.HTTPException, urllib3_exceptions.HTTPError, UnicodeError)
+# For how long a block is filled before it is handed over as it is, in seconds.
+_FILL_TIME = 0.2
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class TransferError(Exception):
+    """A request got no usable answer, or the answer broke off.
+
+    :ivar reason: what happened, without the URL.
+    :ivar stalled: nothing came for too long.
+    :ivar temporary: a later attempt may do better.
+    :ivar retry_after: for how many seconds the server wants to be left alone.
+    """
+
+    def __init__(
+        self, reason: str, *, stalled: bool = False, temporary: bool = True, retry_after: float = 0.0
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.stalled = stalled
+        self.temporary = temporary
+        self.retry_after = retry_after
+
+
+class Connection:
+    """A request to one URL, as a context manager; leaving the block ends it.
+
+    The proxies that ``http_proxy``, ``https_proxy``, ``all_proxy`` and ``no_proxy`` name are used, as curl does. The
+    certificates of HTTPS are checked against the system's store.
+
+    :param url: an http or https URL; its credentials are not used.
+    :param timeout: how many seconds may pass without data.
+    :param heartbeat: called every quarter of a second or more often while nothing happens; what it raises ends the
+        request.
+    :raises TransferError: the proxy cannot be used; from every method: the request failed.
+    """
+
+    def __init__(self, url: Url, *, timeout: float, heartbeat: Callable[[], None]) -> None:
+        self._timeout = timeout
+        self._heartbeat = heartbeat
+        self._connection, self._request_target, self._proxy_headers = _prepare(url, min(timeout, _CONNECT_TIMEOUT))
+        self._thread = futures.ThreadPoolExecutor(1, "imagebackend-http")
+        self._job: futures.Future[Any] | None = None
+        self._socket: socket.socket | None = None
+        self._response: HTTPResponse | None = None
+        self._error: Exception | None = None
+        self._closing = False
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
+    ) -> None:
+        self._closing = True
+        interruptible = self._job is None or self._job.done()
+        if self._socket is not None:
+            interruptible = True
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.submit(self._close)
+        # Looking up a name and shaking hands are not: they end by themselves, within their time limit.
+        self._thread.shutdown(wait=interruptible)
+
+    def open(self, headers: Mapping[str, str]) -> HTTPResponse:
+        """Send the request and return the head of the response."""
+        return self._wait(self._start(self._request, {**headers, **self._proxy_headers}))
+
+    def body(self) -> Iterator[bytearray]:
+        """Yield the body in blocks; the next one is received while the caller works on one."""
+        started, received = time.monotonic(), 0
+        job = self._start(self._receive)
+        while block := self._wait(job):
+            job = self._start(self._receive)
+            received += len(block)
+            elapsed = time.monotonic() - started
+            if elapsed > self._timeout:
+                if received < _SLOWEST * elapsed:
+                    raise TransferError("it sends next to nothing", stalled=True)
+                started, received = time.monotonic(), 0
+            yield block
+
+    def _start(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> futures.Future[_T]:
+        job = self._thread.submit(function, *args, **kwargs)
+        self._job = job
+        return job
+
+    def _wait(self, job: futures.Future[_T]) -> _T:
+        deadline = time.monotonic() + self._timeout
+        while not futures.wait([job], timeout=min(HEARTBEAT, self._timeout)).done:
+            self._heartbeat()
+            if time.monotonic() >= deadline:
+                raise TransferError("no data", stalled=True)
+        try:
+            return job.result()
+        except _ERRORS as error:
+            raise _transfer_error(error) from error
+
+    # From here on: in the other thread.
+
+    def _request(self, headers: Mapping[str, str]) -> HTTPResponse:
+        self._connection.connect()
+        self._socket = self._connection.sock
+        if self._closing:
+            raise ConnectionAbortedError
+        self._connection.timeout = self._timeout
+        self._connection.request(
+            "GET", self._request_target, headers=headers, preload_content=False, decode_content=False
+        )
+        self._response = self._connection.getresponse()
+        return self._response
+
+    def _receive(self) -> bytearray:
+        assert self._response is not None
+        if self._error is not None:
+            raise self._error
+        block, filled = bytearray(BLOCK_SIZE), 0
+        deadline = time.monotonic() + _FILL_TIME
+        try:
+            while filled < BLOCK_SIZE and not (filled and time.monotonic() > deadline):
+                piece = self._response.read1(BLOCK_SIZE - filled)
+                if not piece:
+                    break
+                block[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        except _ERRORS as error:
+            if not filled:
+                raise
+            self._error = error  # what came before it counts, or a poor line would never get anywhere
+        del block[filled:]
+        return block
+
+    def _close(self) -> None:
+        with contextlib.suppress(*_ERRORS):
+            if self._response is not None:
+                self._response.close()
+        with contextlib.suppress(*_ERRORS):
+            self._connection.close()
+
+
+def _prepare(url: Url, timeout: float) -> tuple[urllib3.connection.HTTPConnection, str, dict[str, str]]:
+    proxy = _proxy(url)
+    host, port = (proxy or url).host or "", (proxy or url).port
+    proxy_headers = {}
+    if proxy is not None and proxy.auth:
+        proxy_headers = make_headers(proxy_basic_auth=urllib.parse.unquote(proxy.auth))
+    if url.scheme == "https":
+        # The system's store of certificates, or what SSL_CERT_FILE and SSL_CERT_DIR name.
+        context = ssl.create_default_context()
+        secure = urllib3.connection.HTTPSConnection(host, port, timeout=timeout, proxy=proxy, ssl_context=context)
+        if proxy is not None:
+            secure.set_tunnel(url.host or "", url.port or 443, proxy_headers)
+        return secure, url.request_uri, {}
+    plain = urllib3.connection.HTTPConnection(host, port, timeout=timeout, proxy=proxy)
+    return plain, url._replace(auth=None, fragment=None).url if proxy else url.request_uri, proxy_headers
+
+
+def _proxy(url: Url) -> Url | None:
+    named = urllib.request.getproxies_environment()
+    address = named.get(url.scheme or "") or named.get("all")
+    if not address or urllib.request.proxy_bypass(url.netloc or "", named):
+        return None
+    try:
+        proxy = parse_url(address if "://" in address else f"http://{address}")
+    except urllib3_exceptions.LocationParseError:
+        # Not chained: it would show the proxy's password.
+        raise TransferError("the address of the proxy cannot be parsed", temporary=False) from None
+    if proxy.scheme != "http" or not proxy.host:
+        raise TransferError("only proxies that are reached by 'http://host:port' are supported", temporary=False)
+    return proxy._replace(port=proxy.port or 80)
+
+
+def _transfer_error(error: Exception) -> TransferError:
+    if isinstance(error, TimeoutError | urllib3_exceptions.TimeoutError):
+        return TransferError("no data", stalled=True)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return TransferError(f"its certificate is not trusted: {error.verify_message}", temporary=False)
+    if isinstance(error, urllib3_exceptions.LocationParseError | UnicodeError):
+        return TransferError("its host name is not valid", temporary=False)
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    text = (cause.strerror if isinstance(cause, OSError) else None) or str(error) or type(error).__name__
+    # Parts of it may come from the server.
+    return TransferError("".join(sign if sign.isprintable() else "?" for sign in text[:200]))
