@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures: what each side does in a round, and what is read from it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import statistics
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from tests import counting
+from tests.bench import environment, peers
+from tests.bench.report import OWN, CountRow, Row, progress
+from tests.bench.worker import Timing
+
+__all__ = ["FIGURES", "Bench", "Figure"]
+
+_GIB, _MIB = 1 << 30, 1 << 20
+_TEMPLATE = "template"
+NOVA = "Nova 34.0.0"
+_SIDES = {"own": OWN, "nova": NOVA}
+
+Contender = Callable[[], Timing]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the figures share.
+
+    :ivar folder: the scratch folder.
+    :ivar xfs: a folder on a file system with reflinks, or None.
+    :ivar rounds: how often each side has its turn.
+    :ivar quick: smaller and fewer, to see that it works.
+    :ivar sides: ``own``, and ``nova`` if it is installed.
+    """
+
+    folder: str
+    xfs: str | None
+    rounds: int
+    quick: bool
+    sides: tuple[str, ...]
+
+    @property
+    def virtual_size(self) -> int:
+        return 2 * _GIB
+
+    @property
+    def data_size(self) -> int:
+        return (64 if self.quick else 563) * _MIB
+
+    @functools.cached_property
+    def template(self) -> str:
+        """The raw disk that templates are copied from."""
+        path = f"{self.folder}/template.raw"
+        environment.raw_template(path, self.virtual_size, self.data_size)
+        return path
+
+    @contextmanager
+    def workers(self, images_type: str, place: str, image_service: str = "") -> Iterator[dict[str, peers.Worker]]:
+        """Start every side, each in a folder of its own under ``place``, which is removed in the end."""
+        with ExitStack() as stack:
+            workers = {}
+            for side in self.sides:
+                folder = f"{place}/{side}-{images_type}"
+                stack.callback(shutil.rmtree, folder)
+                configuration = peers.write_configuration(folder, images_type, image_service)
+                workers[side] = peers.Worker(side, configuration)
+                stack.callback(workers[side].close)
+            yield workers
+
+    @contextmanager
+    def warm_workers(self, images_type: str, place: str) -> Iterator[dict[str, peers.Worker]]:
+        """The same, with the template in each side's cache."""
+        with self.workers(images_type, place) as workers:
+            for worker in workers.values():
+                worker.call("adopt", template=_TEMPLATE, path=self.template, size=self.virtual_size)
+            yield workers
+
+    def interleave(self, title: str, contenders: Mapping[str, Contender]) -> dict[str, list[Timing]]:
+        """Give each contender its turn in each round, another one first each time."""
+        results: dict[str, list[Timing]] = {name: [] for name in contenders}
+        order = list(contenders)
+        for number in range(self.rounds):
+            for name in order[number % len(order) :] + order[: number % len(order)]:
+                progress(f"{title}: round {number + 1} of {self.rounds}, {name}")
+                # What one leaves to be written must not slow down the next.
+                os.sync()
+                results[name].append(contenders[name]())
+        progress("")
+        return results
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure by its name, with what it shows in one line."""
+
+    name: str
+    about: str
+    run: Callable[[Bench, str], list[Row | CountRow]]
+
+
+def warm_qcow2(bench: Bench, figure: str) -> list[Row | CountRow]:
+    tool = "qemu-img create -b"
+    rows: list[Row | CountRow] = []
+    with bench.warm_workers("qcow2", bench.folder) as workers:
+        for count in (5,) if bench.quick else (20, 50):
+            contenders = _creators(bench, workers, count)
+            contenders[tool] = functools.partial(_qemu_img_create, bench, count)
+            title = f"warm qcow2 disk, {count} in turn"
+            values = _per_item(bench.interleave(title, contenders), 1e3)
+            commands = {tool: "qemu-img create -q -f qcow2 -F raw -b TEMPLATE DISK SIZE"}
+            rows.append(Row(figure, title, "ms a disk", values, {NOVA: 60, tool: 4}, commands=commands))
+    return rows
+
+
+def warm_qcow2_threads(bench: Bench, figure: str) -> list[Row | CountRow]:
+    rows: list[Row | CountRow] = []
+    count = 16 if bench.quick else 64
+    with bench.warm_workers("qcow2", bench.folder) as workers:
+        for threads in (8, 32):
+            title = f"warm qcow2 disk, {count} by {threads} threads"
+            results = bench.interleave(title, _creators(bench, workers, count, threads))
+            rows.append(Row(figure, f"{title}: throughput", "ms a disk", _per_item(results, 1e3), {NOVA: 60}))
+            middle = _each(results, lambda each: statistics.median(each) * 1e3)
+            late = _each(results, lambda each: statistics.quantiles(each, n=10)[8] * 1e3)
+            tail = _each(results, lambda each: statistics.quantiles(each, n=10)[8] / statistics.median(each))
+            rows += [
+                Row(figure, f"{title}: latency, median", "ms", middle),
+                Row(figure, f"{title}: latency, 90th percentile", "ms", late),
+                Row(figure, f"{title}: latency, 90th percentile / median", "times", tail, limit=3),
+            ]
+    return rows
+
+
+def raw_reflink(bench: Bench, figure: str) -> list[Row | CountRow]:
+    if bench.xfs is None:
+        raise RuntimeError("needs root, to mount an XFS")
+    tool, count = "cp --reflink=always", 5 if bench.quick else 20
+    source = f"{bench.xfs}/source.raw"
+    subprocess.run(["cp", "--sparse=always", bench.template, source], check=True)
+    with bench.warm_workers("raw", bench.xfs) as workers:
+        contenders = _creators(bench, workers, count)
+        contenders[tool] = functools.partial(_copy, source, count, ["cp", "--reflink=always"], durable=False)
+        title = f"warm raw disk on XFS, {count} in turn"
+        values = _per_item(bench.interleave(title, contenders), 1e3)
+    os.unlink(source)
+    return [Row(figure, title, "ms a disk", values, {NOVA: 60, tool: 3}, commands={tool: f"{tool} TEMPLATE DISK"})]
+
+
+def raw_copy(bench: Bench, figure: str) -> list[Row | CountRow]:
+    tool, bare = "cp, fdatasync", "cp"
+    kind = subprocess.check_output(["findmnt", "-no", "FSTYPE", "-T", bench.folder], text=True).strip()
+    with bench.warm_workers("raw", bench.folder) as workers:
+        contenders = _creators(bench, workers, 1)
+        contenders[tool] = functools.partial(_copy, bench.template, 1, ["cp"], durable=True)
+        contenders[bare] = functools.partial(_copy, bench.template, 1, ["cp"], durable=False)
+        title = f"warm raw disk on {kind}, {bench.data_size // _MIB} MiB of data"
+        values = _per_item(bench.interleave(title, contenders), 1e3)
+    commands = {tool: "cp TEMPLATE DISK, then fdatasync(2)", bare: "cp TEMPLATE DISK, not durable"}
+    return [Row(figure, title, "ms a disk", values, {tool: 1, NOVA: 1.3}, commands=commands)]
+
+
+def existing_disk(bench: Bench, figure: str) -> list[Row | CountRow]:
+    count = 5 if bench.quick else 20
+    with bench.warm_workers("qcow2", bench.folder) as workers:
+        arguments = {"template": _TEMPLATE, "instances": _instances(count), "size": bench.virtual_size}
+        contenders = {}
+        for side, worker in workers.items():
+            worker.call("cache", **arguments)
+            contenders[_SIDES[side]] = functools.partial(worker.call, "cache", **arguments)
+        title = "cache() on an existing qcow2 disk"
+        values = _per_item(bench.interleave(title, contenders), 1e3)
+    return [Row(figure, title, "ms", values, {NOVA: 300}, limit=1)]
+
+
+def disk_xml(bench: Bench, figure: str) -> list[Row | CountRow]:
+    times = 200 if bench.quick else 2000
+    with bench.warm_workers("qcow2", bench.folder) as workers:
+        contenders = {}
+        for side, worker in workers.items():
+            worker.call("cache", template=_TEMPLATE, instances=["described"], size=bench.virtual_size)
+            contenders[_SIDES[side]] = functools.partial(worker.call, "describe", instance="described", times=times)
+        title = "libvirt_info() and to_xml() of a qcow2 disk"
+        values = _per_item(bench.interleave(title, contenders), 1e6)
+    return [Row(figure, title, "µs", values, {NOVA: 1})]
+
+
+def cold_http(bench: Bench, figure: str) -> list[Row | CountRow]:
+    return _cold(bench, figure, "uncompressed", environment.random_data, [])
+
+
+def cold_http_zlib(bench: Bench, figure: str) -> list[Row | CountRow]:
+    return _cold(bench, figure, "zlib-compressed", environment.compressible_data, ["-c"])
+
+
+def import_cost(bench: Bench, figure: str) -> list[Row | CountRow]:
+    memory = "print(*(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
+    use = "import imagebackend; imagebackend.Backend(imagebackend.load_config())"
+    programs = {
+        OWN: ("own", "import imagebackend"),
+        "imagebackend, Backend made": ("own", use),
+        "bare python": ("own", "pass"),
+        NOVA: ("nova", "import nova.virt.libvirt.imagebackend"),
+    }
+    if "nova" not in bench.sides:
+        del programs[NOVA]
+    commands = {name: [peers.interpreter(s), "-W", "ignore", "-c", program] for name, (s, program) in programs.items()}
+    contenders = {name: functools.partial(peers.run_tool, [command]) for name, command in commands.items()}
+    title = "import in a fresh interpreter"
+    results = bench.interleave(title, contenders)
+    sizes: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(bench.rounds):
+        for name, command in commands.items():
+            printed = subprocess.check_output([*command[:-1], f"{command[-1]}\n{memory}"], text=True)
+            sizes[name].append(int(printed) / 1024)
+    shown = {name: f"python -c '{program}'" for name, (_, program) in programs.items()}
+    return [
+        Row(figure, f"{title}: wall time", "ms", _per_item(results, 1e3), limit=150, commands=shown),
+        Row(figure, f"{title}: largest resident size", "MiB", sizes, limit=30, commands=shown),
+    ]
+
+
+def counts(bench: Bench, figure: str) -> list[Row | CountRow]:
+    rows: list[Row | CountRow] = []
+    for images_type, place in (("qcow2", bench.folder), ("raw", bench.xfs)):
+        if place is None:
+            continue
+        with bench.warm_workers(images_type, place) as workers:
+            for side, worker in workers.items():
+                rows += _count_side(bench, figure, side, images_type, place)
+                worker.call("remove", instances=["first", "counted"])
+    return rows
+
+
+FIGURES = (
+    Figure("warm-qcow2", "qcow2 disks from a cached template, one after another", warm_qcow2),
+    Figure("warm-qcow2-threads", "the same by 8 and by 32 threads", warm_qcow2_threads),
+    Figure("raw-reflink", "raw disks from a cached template, on XFS", raw_reflink),
+    Figure("raw-copy", "a raw disk from a cached template, on the scratch folder's file system", raw_copy),
+    Figure("existing-disk", "cache() where the disk is there already", existing_disk),
+    Figure("xml", "the disk's XML for libvirt", disk_xml),
+    Figure("cold-http", "a first disk, its template fetched over HTTP and converted to raw", cold_http),
+    Figure("cold-http-zlib", "the same from a compressed template", cold_http_zlib),
+    Figure("import", "import time and memory", import_cost),
+    Figure("counts", "processes, threads, syncs, system calls and bytes written, by strace", counts),
+)
+
+
+def _cold(
+    bench: Bench, figure: str, kind: str, write_data: Callable[[str, int], None], options: list[str]
+) -> list[Row | CountRow]:
+    size = (50 if bench.quick else 500) * _MIB
+    image = f"{figure}.qcow2"
+    contenders: dict[str, Contender] = {}
+    with ExitStack() as stack:
+        web = stack.enter_context(environment.scratch_folder(bench.folder))
+        progress(f"{figure}: making the image")
+        transferred = _make_image(web, image, size, write_data, options) // _MIB
+        title = f"cold: {size // _MIB} MiB qcow2, {kind} ({transferred} MiB), over HTTP, to raw, first disk"
+        url = stack.enter_context(environment.web_server(web, {image: size}))
+        for side, worker in stack.enter_context(bench.workers("qcow2", bench.folder, url)).items():
+            if side == "own":
+                contenders[OWN] = functools.partial(_fetch, worker, f"{url}/{image}", size)
+                continue
+            for algorithm in environment.GLANCE_ALGORITHMS:
+                source = f"{image}-{algorithm}"
+                contenders[f"{NOVA}, {algorithm}"] = functools.partial(_fetch, worker, source, size)
+        values = _per_item(bench.interleave(title, contenders), 1)
+    return [Row(figure, title, "s", values, {f"{NOVA}, {environment.GLANCE_ALGORITHMS[0]}": 1 / 0.6})]
+
+
+def _make_image(web: str, image: str, size: int, write_data: Callable[[str, int], None], options: list[str]) -> int:
+    os.mkdir(f"{web}/images")
+    write_data(f"{web}/data.raw", size)
+    convert = ["qemu-img", "convert", *options, "-f", "raw", "-O", "qcow2"]
+    subprocess.run([*convert, f"{web}/data.raw", f"{web}/images/{image}"], check=True)
+    os.unlink(f"{web}/data.raw")
+    return os.stat(f"{web}/images/{image}").st_size
+
+
+def _fetch(worker: peers.Worker, source: str, size: int) -> Timing:
+    timing: Timing = worker.call("fetch", template=_TEMPLATE, source=source, instance="cold", size=size)
+    worker.call("remove", instances=["cold"])
+    worker.call("forget", template=_TEMPLATE)
+    return timing
+
+
+def _creators(bench: Bench, workers: dict[str, peers.Worker], count: int, threads: int = 1) -> dict[str, Contender]:
+    def create(worker: peers.Worker) -> Timing:
+        instances = _instances(count)
+        arguments = {"template": _TEMPLATE, "size": bench.virtual_size, "threads": threads}
+        timing: Timing = worker.call("cache", instances=instances, **arguments)
+        worker.call("remove", instances=instances)
+        return timing
+
+    return {_SIDES[side]: functools.partial(create, worker) for side, worker in workers.items()}
+
+
+def _qemu_img_create(bench: Bench, count: int) -> Timing:
+    disks = [f"{bench.folder}/overlay-{number}" for number in range(count)]
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", bench.template]
+    timing = peers.run_tool([[*command, disk, str(bench.virtual_size)] for disk in disks])
+    for disk in disks:
+        os.unlink(disk)
+    return timing
+
+
+def _copy(source: str, count: int, command: list[str], *, durable: bool) -> Timing:
+    disks = [f"{source}.copy-{number}" for number in range(count)]
+
+    def sync(number: int) -> None:
+        descriptor = os.open(disks[number], os.O_RDONLY)
+        os.fdatasync(descriptor)
+        os.close(descriptor)
+
+    commands = [[*command, source, disk] for disk in disks]
+    timing = peers.run_tool(commands, sync) if durable else peers.run_tool(commands)
+    for disk in disks:
+        os.unlink(disk)
+    return timing
+
+
+def _count_side(bench: Bench, figure: str, side: str, images_type: str, place: str) -> list[Row | CountRow]:
+    setup = (
+        f"import sys; sys.path.insert(0, {peers.ROOT!r}); from tests.bench import {side}_peer\n"
+        f"peer = {side}_peer.Peer({f'{place}/{side}-{images_type}/bench.conf'!r})\n"
+        f"peer.cache({_TEMPLATE!r}, ['first'], {bench.virtual_size})\n"
+    )
+    script = f"peer.cache({_TEMPLATE!r}, ['counted'], {bench.virtual_size})"
+    rows: list[Row | CountRow] = []
+    for title, before in ((f"warm {images_type} disk", ""), (f"cache() on an existing {images_type} disk", script)):
+        progress(f"{title}: counting {_SIDES[side]}")
+        found = counting.count(script, setup=setup + before, interpreter=peers.interpreter(side), timeout=300)
+        rows.append(CountRow(figure, title, _SIDES[side], found))
+    return rows
+
+
+def _instances(count: int) -> list[str]:
+    return [str(uuid.uuid4()) for _ in range(count)]
+
+
+def _per_item(results: dict[str, list[Timing]], scale: float) -> dict[str, list[float]]:
+    return {name: [t["wall"] / t["count"] * scale for t in timings] for name, timings in results.items()}
+
+
+def _each(results: dict[str, list[Timing]], read: Callable[[list[float]], float]) -> dict[str, list[float]]:
+    return {name: [read(timing["each"]) for timing in timings] for name, timings in results.items()}
