@@ -1,2 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a template image to a guest's disk, whatever the storage underneath."""
+"""From a template image to a guest's disk, whatever the storage underneath.
+
+The public names are loaded when they are first used, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imagebackend import exceptions
+    from imagebackend.backend import Backend
+    from imagebackend.conf import list_opts, load_config, register_opts
+    from imagebackend.images.base import Capabilities, Image, Snapshot
+    from imagebackend.templates.cache import Template, TemplateCache
+    from imagebackend.templates.sources import open_source
+
+__all__ = [
+    "Backend",
+    "Capabilities",
+    "Image",
+    "Snapshot",
+    "Template",
+    "TemplateCache",
+    "exceptions",
+    "list_opts",
+    "load_config",
+    "open_source",
+    "register_opts",
+]
+
+_HOMES = {
+    "Backend": "imagebackend.backend",
+    "Capabilities": "imagebackend.images.base",
+    "Image": "imagebackend.images.base",
+    "Snapshot": "imagebackend.images.base",
+    "Template": "imagebackend.templates.cache",
+    "TemplateCache": "imagebackend.templates.cache",
+    "list_opts": "imagebackend.conf",
+    "load_config": "imagebackend.conf",
+    "open_source": "imagebackend.templates.sources",
+    "register_opts": "imagebackend.conf",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "exceptions":
+        return importlib.import_module("imagebackend.exceptions")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

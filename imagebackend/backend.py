@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which Image for which disk."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from oslo_config import cfg
+
+from imagebackend import exceptions, names
+from imagebackend.images import disk_info
+from imagebackend.images.base import Image
+from imagebackend.templates.cache import TemplateCache
+
+__all__ = ["Backend"]
+
+#: The group of entry points by which other packages add image types.
+ENTRY_POINTS = "imagebackend.backends"
+
+_BUILT_IN = {
+    "raw": ("imagebackend.images.raw", "Raw"),
+    "flat": ("imagebackend.images.raw", "Raw"),
+    "qcow2": ("imagebackend.images.qcow2", "Qcow2"),
+}
+
+
+class Backend:
+    """The disks and templates that one configuration describes. Making the object does no I/O.
+
+    :param conf: options of this library: from :func:`imagebackend.load_config`, or an agent's own configuration
+        object with :func:`imagebackend.register_opts` called on it.
+    :ivar templates: the template cache.
+    """
+
+    def __init__(self, conf: cfg.ConfigOpts) -> None:
+        self.conf = conf
+        self.templates = TemplateCache(conf)
+
+    def backend(self, image_type: str | None = None) -> type[Image]:
+        """Return the class of images of a type.
+
+        :param image_type: ``raw``, ``flat`` (the same), ``qcow2``, a type that another package adds, or ``default``;
+            None: what ``[libvirt] images_type`` says.
+        :raises InvalidConfiguration: there is no such type.
+        """
+        wanted = image_type or self.conf.libvirt.images_type
+        if wanted == "default":
+            wanted = "qcow2" if self.conf.use_cow_images else "raw"
+        if wanted in _BUILT_IN:
+            module, name = _BUILT_IN[wanted]
+            built_in: type[Image] = getattr(importlib.import_module(module), name)
+            return built_in
+        added = {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+        if wanted in added:
+            loaded: type[Image] = added[wanted].load()
+            return loaded
+        known = ", ".join(sorted({*_BUILT_IN, *added, "default"}))
+        raise exceptions.InvalidConfiguration("[libvirt] images_type", f"{wanted!r} is not one of {known}")
+
+    def image(self, instance: Any, disk_name: str, image_type: str | None = None) -> Image:
+        """Return the image for a disk of an instance, whether the disk exists or not.
+
+        :param instance: anything with a ``uuid``, or a string.
+        :param disk_name: the disk's name in the instance: ``disk``, ``disk.local``, ``disk.swap``.
+        :param image_type: as for :meth:`backend`.
+        :raises InvalidName: one of the names is not safe.
+        :raises InvalidConfiguration: there is no such type.
+        """
+        return self.backend(image_type)(self.conf, self.templates, names.instance_id(instance), disk_name)
+
+    by_name = image
+
+    def snapshot(self, path: str, image_type: str | None = None) -> Image:
+        """Return the image for an existing disk by its libvirt path: ``…/instance/disk``.
+
+        :param path: the path that the domain's XML has.
+        :raises InvalidName: the path does not end in the names of an instance and a disk.
+        """
+        return self.by_libvirt_path(os.path.basename(os.path.dirname(path)), path, image_type)
+
+    def by_libvirt_path(self, instance: Any, path: str, image_type: str | None = None) -> Image:
+        """Return the image for an existing disk of an instance by its libvirt path.
+
+        :param instance: anything with a ``uuid``, or a string.
+        :param path: the path that the domain's XML has, absolute.
+        :raises InvalidName: the last part of the path is not the name of a disk, or the path is not absolute.
+        """
+        if not os.path.isabs(path) or os.path.normpath(path) != path:
+            raise exceptions.InvalidName("disk", path, "an absolute path without '.', '..' and '//' is needed")
+        disk_name = os.path.basename(path)
+        return self.backend(image_type)(self.conf, self.templates, names.instance_id(instance), disk_name, path)
+
+    def disks(self, instance: Any = None) -> Iterator[Image]:
+        """Yield the disks in files that are on record under ``instances_path``, by instance and name.
+
+        :param instance: anything with a ``uuid``, or a string; None: all.
+        :raises PermissionDenied, StorageError: the folder cannot be read.
+        :raises CorruptRecord: an instance's ``disk.info`` cannot be read.
+        """
+        folder = os.path.abspath(self.conf.instances_path)
+        try:
+            entries = sorted(os.listdir(folder)) if instance is None else [names.instance_id(instance)]
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise exceptions.storage_error(error, folder) from error
+        for entry in entries:
+            for path, disk_format in sorted(disk_info.read_all(f"{folder}/{entry}").items()):
+                image = self.by_libvirt_path(entry, path, disk_format)
+                if image.exists():
+                    yield image

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``disk.info``: the record of the formats of an instance's disks.
+
+One JSON object, from absolute path to format, in the instance's folder: the form that Nova writes and reads, so that
+the other side of a migration finds it whoever made it. A disk's format is recorded before the disk appears and
+forgotten after it is gone, since a disk without a format is the one thing that must never be seen: its guest may have
+written any header onto it, and nothing may guess from that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from imagebackend import exceptions, locks
+from imagebackend.storage import publish
+
+__all__ = ["forget", "read", "read_all", "record"]
+
+_NAME = "disk.info"
+_LARGEST = 1 << 20
+
+
+def read(path: str) -> str | None:
+    """Return the recorded format of the disk at ``path``, or None.
+
+    :raises CorruptRecord: the record is not a JSON object of strings.
+    """
+    return read_all(os.path.dirname(path)).get(path)
+
+
+def read_all(folder: str) -> dict[str, str]:
+    """Return the recorded formats of the disks in an instance's folder, by path.
+
+    :raises CorruptRecord: the record is not a JSON object of strings.
+    """
+    return _read(f"{folder}/{_NAME}")
+
+
+def record(path: str, disk_format: str, *, lock: str, timeout: float, durable: bool) -> None:
+    """Record the format of the disk at ``path``; the caller syncs the folder.
+
+    :param lock: the lock file of the instance's record.
+    :raises CorruptRecord: what is there cannot be read; it is left as it is.
+    :raises LockTimeout: another thread, process or host was at it for longer than ``timeout`` seconds.
+    """
+    _change(path, disk_format, lock=lock, timeout=timeout, durable=durable)
+
+
+def forget(path: str, *, lock: str, timeout: float, durable: bool) -> None:
+    """Drop the record of the disk at ``path``, and the file with the last one; the caller syncs the folder.
+
+    :raises CorruptRecord: what is there cannot be read; it is left as it is.
+    :raises LockTimeout: another thread, process or host was at it for longer than ``timeout`` seconds.
+    """
+    _change(path, None, lock=lock, timeout=timeout, durable=durable)
+
+
+def _change(path: str, disk_format: str | None, *, lock: str, timeout: float, durable: bool) -> None:
+    file = f"{os.path.dirname(path)}/{_NAME}"
+    with locks.hold(lock, timeout=timeout, transient=True):
+        formats = _read(file)
+        if formats.get(path) == disk_format:
+            return
+        if disk_format is None:
+            del formats[path]
+        else:
+            formats[path] = disk_format
+        if formats:
+            publish.write_file(file, json.dumps(formats).encode(), durable=durable)
+        else:
+            publish.remove_file(file)
+
+
+def _read(file: str) -> dict[str, str]:
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise exceptions.storage_error(error, file) from error
+    try:
+        content = os.read(descriptor, _LARGEST)
+    finally:
+        os.close(descriptor)
+    way_out = "write it anew, as a JSON object from the absolute path of each disk to its format"
+    try:
+        formats = json.loads(content)
+    except ValueError as error:
+        raise exceptions.CorruptRecord(file, f"not JSON ({error}); {way_out}") from error
+    if not isinstance(formats, dict) or not all(isinstance(value, str) for value in formats.values()):
+        raise exceptions.CorruptRecord(file, f"not an object of strings; {way_out}")
+    return formats

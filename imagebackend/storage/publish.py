@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New files that appear whole: filled under a temporary name, made durable, then renamed to their own.
+
+The caller holds the lock under which the file is made, so that one maker at most uses its temporary name, and
+whatever a killed one left there may be thrown away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+
+from imagebackend import exceptions, faults
+
+__all__ = [
+    "commit",
+    "create",
+    "new_file",
+    "partial_path",
+    "remove_file",
+    "remove_quietly",
+    "sync_folder",
+    "write_file",
+]
+
+
+def partial_path(path: str) -> str:
+    """Return the temporary name of ``path``: in the same folder, and no name that a user can give."""
+    folder, name = os.path.split(path)
+    return f"{folder}/.{name}.partial"
+
+
+@contextlib.contextmanager
+def new_file(path: str, *, durable: bool) -> Iterator[tuple[int, str]]:
+    """Give an empty file to fill in the block; it gets its name, replacing what has it, at the end of the block.
+
+    On an exception the file is removed and nothing has changed. Its mode is 0600.
+
+    :param path: the final name, absolute.
+    :param durable: the data reach stable storage before the name does, and the name before the block is left.
+    :returns: the open descriptor (read and write) and the temporary path, for tools that need one.
+    :raises InsufficientSpace, PermissionDenied, StorageError: as the operating system says; also for an OSError that
+        leaves the block.
+    """
+    partial = partial_path(path)
+    try:
+        with contextlib.ExitStack() as undo:
+            descriptor = create(partial)
+            undo.callback(os.close, descriptor)
+            with contextlib.ExitStack() as discard:
+                discard.callback(remove_quietly, partial)
+                yield descriptor, partial
+                commit(descriptor, partial, path, durable=durable)
+                discard.pop_all()
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+
+
+def commit(descriptor: int, partial: str, path: str, *, durable: bool) -> None:
+    """Give a file that is complete its final name, replacing what has it.
+
+    :param descriptor: the file, open since before it was written.
+    :param partial: its temporary name; whatever file has it now is meant, since tools may replace the file.
+    :param durable: as for :func:`new_file`.
+    :raises InsufficientSpace, PermissionDenied, StorageError: it has not got the name, or may not keep it through a
+        power cut.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            there = os.stat(partial, follow_symlinks=False)
+            if there.st_ino != os.fstat(descriptor).st_ino:
+                if not stat.S_ISREG(there.st_mode):
+                    raise exceptions.StorageError(partial, "not a regular file")
+                descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                stack.callback(os.close, descriptor)
+            os.fchmod(descriptor, 0o600)
+            faults.point("publish.filled")
+            if durable:
+                os.fdatasync(descriptor)
+            faults.point("publish.synced")
+            os.rename(partial, path)
+            faults.point("publish.renamed")
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+    if durable:
+        sync_folder(os.path.dirname(path))
+
+
+def write_file(path: str, content: bytes, *, durable: bool) -> None:
+    """Replace a small file in one step, without syncing its folder: the caller does that, once for all.
+
+    :raises InsufficientSpace, PermissionDenied, StorageError: the old content, if any, is still there.
+    """
+    partial = partial_path(path)
+    try:
+        with contextlib.ExitStack() as undo:
+            descriptor = create(partial)
+            undo.callback(remove_quietly, partial)
+            try:
+                os.write(descriptor, content)
+                faults.point("publish.filled")
+                if durable:
+                    os.fdatasync(descriptor)
+                os.rename(partial, path)
+            finally:
+                os.close(descriptor)
+            undo.pop_all()
+        faults.point("publish.renamed")
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+
+
+def remove_file(path: str) -> bool:
+    """Remove a file if it is there; return whether it was.
+
+    :raises PermissionDenied, StorageError: it is still there.
+    """
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+    return True
+
+
+def sync_folder(folder: str) -> None:
+    """Make the names in a folder durable.
+
+    :raises StorageError: they may not be.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise exceptions.storage_error(error, folder) from error
+
+
+def create(partial: str) -> int:
+    """Make an empty file of mode 0600 under a temporary name, in place of what a killed maker left; return it open.
+
+    :raises OSError: as the operating system says.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(partial, flags, 0o600)
+    except FileExistsError:
+        # Not truncated but replaced: a tool that the killed maker started may still be writing there.
+        os.unlink(partial)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(partial), mode=0o755, exist_ok=True)
+    return os.open(partial, flags, 0o600)
+
+
+def remove_quietly(partial: str) -> None:
+    """Remove a temporary file as an undo step: the error that led here matters more than what is left."""
+    with contextlib.suppress(OSError):
+        os.unlink(partial)

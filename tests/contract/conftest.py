@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stores that the contract suite runs on: a new backend adds a row to STORES."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import imagebackend
+from imagebackend.backend import Backend
+from imagebackend.images.base import Image
+
+MIB = 1 << 20
+#: Not a power of two, and with its last data in the last sector: what is cut off or rounded shows.
+TEMPLATE_SIZE = 5 * MIB + 512
+
+#: Name of the store: image type, fixture of the folder, options.
+STORES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "raw-ext4": ("raw", "ext4_folder", {}),
+    "raw-xfs": ("raw", "xfs_folder", {}),
+    "raw-btrfs": ("raw", "btrfs_folder", {}),
+    "raw-preallocated": ("raw", "xfs_folder", {"preallocate_images": "space"}),
+    "raw-of-qcow2": ("raw", "ext4_folder", {"force_raw_images": False}),
+    "qcow2": ("qcow2", "ext4_folder", {}),
+    "qcow2-preallocated": ("qcow2", "ext4_folder", {"preallocate_images": "space"}),
+    "qcow2-options": (
+        "qcow2",
+        "xfs_folder",
+        {
+            "libvirt.images_qcow2_extended_l2": True,
+            "libvirt.images_qcow2_lazy_refcounts": True,
+            "libvirt.images_qcow2_compression_type": "zstd",
+            "libvirt.images_qcow2_cluster_size": 131072,
+        },
+    ),
+    "qcow2-on-qcow2": ("qcow2", "ext4_folder", {"force_raw_images": False}),
+}
+
+
+def configured(folder: Path, image_type: str, **options: Any) -> Any:
+    """Return a configuration that keeps everything in ``folder``; ``libvirt.x`` is option x of that group."""
+    conf = imagebackend.load_config()
+    conf.set_override("instances_path", str(folder))
+    conf.set_override("lock_timeout", 30.0)
+    conf.set_override("images_type", image_type, group="libvirt")
+    for name, value in options.items():
+        group, _, option = name.rpartition(".")
+        conf.set_override(option, value, group=group or None)
+    return conf
+
+
+def template_content() -> bytes:
+    """Return what the template holds: data, holes, and a last sector that is not zero."""
+    content = bytearray(TEMPLATE_SIZE)
+    content[:MIB] = b"first" * (MIB // 5) + b"!"
+    content[3 * MIB : 3 * MIB + 4096] = b"\x55" * 4096
+    content[-512:] = b"e" * 512
+    return bytes(content)
+
+
+class Store:
+    """A backend on real storage, and the ways to look at its disks from outside."""
+
+    def __init__(self, folder: Path, image_type: str, options: dict[str, Any]) -> None:
+        self.folder = folder / "instances"
+        self.sources = folder / "sources"
+        self.sources.mkdir()
+        self.image_type = image_type
+        self.conf = configured(self.folder, image_type, **options)
+        self.backend = Backend(self.conf)
+        self.fetches: list[str] = []
+        self._disks = itertools.count()
+        self.raw_template = self.sources / "template.raw"
+        _write_sparse(self.raw_template, template_content())
+        self.qcow2_template = self.sources / "template.qcow2"
+        self.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", self.raw_template, self.qcow2_template)
+
+    @property
+    def source(self) -> Path:
+        """The image that this store's templates are fetched from."""
+        return self.raw_template if self.conf.force_raw_images else self.qcow2_template
+
+    def fetch(self, target: str, **kwargs: Any) -> None:
+        """Write the template, as an agent's own function would, and count the call."""
+        self.fetches.append(target)
+        shutil.copyfile(self.source, target)
+
+    def image(self, disk_name: str = "disk", instance: str = "5a3c2b1e-0000-4000-8000-000000000001") -> Image:
+        return self.backend.image(instance, disk_name)
+
+    def make(self, size: int | None = 8 * MIB, disk_name: str = "disk") -> Image:
+        """Return a disk made from the template."""
+        image = self.image(disk_name)
+        image.cache(self.fetch, "template", size)
+        return image
+
+    def format(self, image: Image) -> str:
+        return image.resolve_driver_format()
+
+    def content(self, image: Image) -> bytes:
+        """Return what a guest would read."""
+        target = self.sources / f"content{next(self._disks)}"
+        self.run("qemu-img", "convert", "-f", self.format(image), "-O", "raw", image.path, target)
+        return target.read_bytes()
+
+    def write(self, image: Image, offset: int, length: int, pattern: int) -> None:
+        """Write to the disk as a guest would."""
+        self.run("qemu-io", "-f", self.format(image), "-c", f"write -P {pattern} {offset} {length}", image.path)
+
+    def check(self, image: Image) -> None:
+        """Make sure that the disk is sound, leaks included."""
+        if self.format(image) == "qcow2":
+            self.run("qemu-img", "check", "-f", "qcow2", image.path)
+
+    def files(self) -> set[str]:
+        """Return everything that the store holds, folders included; lock files aside."""
+        return {
+            str(path.relative_to(self.folder))
+            for path in self.folder.rglob("*")
+            if "locks" not in path.relative_to(self.folder).parts
+        }
+
+    @staticmethod
+    def run(*command: object) -> str:
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        return done.stdout
+
+
+def _write_sparse(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.truncate(len(content))
+        for start in range(0, len(content), 4096):
+            block = content[start : start + 4096]
+            if any(block):
+                file.seek(start)
+                file.write(block)
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    """Each backend on each kind of storage."""
+    image_type, fixture, options = STORES[request.param]
+    folder = request.getfixturevalue(fixture)
+    yield Store(folder, image_type, options)
+    shutil.rmtree(folder)  # the file systems are small, and all tests share them
