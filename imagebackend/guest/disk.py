@@ -49,7 +49,7 @@ def _block_size() -> Kind:
 
 _ABSOLUTE = text(r"/[^\n\r]+", "an absolute path")
 _NAME = text(r"[a-zA-Z0-9_+-]+", "a name of ASCII letters, digits, '_', '+' and '-'")
-_ALIAS_NAME = text(r"[a-zA-Z0-9_.-]+", "a name of ASCII letters, digits, '_', '.' and '-'")
+_ALIAS_NAME = text(r"[a-zA-Z0-9_-]+", "a name of ASCII letters, digits, '_' and '-'")
 _SERIAL_NUMBER = text(r"[A-Za-z0-9_.+ -]+", "a serial number of ASCII letters, digits, space, '_', '.', '+' and '-'")
 _TARGET_DEV = text(r"(ioemu:)?(fd|hd|sd|vd|xvd|ubd)[a-zA-Z0-9_]+", "a device name such as vda, sda, hda or fda")
 _BUSES = choice("virtio", "scsi", "sata", "ide", "usb", "fdc", "xen", "sd")

@@ -92,7 +92,7 @@ DISKS = {
         driver_queue_size=256,
         driver_discard_no_unref=True,
         driver_metadata_cache_size=4 << 20,
-        alias="ua-root.disk",
+        alias="ua-root-disk",
     ),
     "disk-blockio": disk(logical_block_size=4096, physical_block_size=4096, discard_granularity=65536),
     "disk-shareable": disk(shareable=True, driver_cache="none", snapshot="no"),

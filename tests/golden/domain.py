@@ -13,7 +13,9 @@ def domain_xml(device: str, domain_type: str, name: str = "golden", boot: str = 
 
     :param boot: ``hvm`` for a machine, ``exe`` for a container.
     """
+    # The default controller has one target only.
+    controller = '<controller type="scsi" model="virtio-scsi"/>\n' if boot == "hvm" else ""
     return (
         f'<domain type="{domain_type}">\n<name>{name}</name>\n<memory unit="MiB">64</memory>\n'
-        f"<vcpu>1</vcpu>\n<iothreads>2</iothreads>\n<os>{_OS[boot]}</os>\n<devices>\n{device}</devices>\n</domain>\n"
+        f"<vcpu>1</vcpu>\n<iothreads>2</iothreads>\n<os>{_OS[boot]}</os>\n<devices>\n{controller}{device}</devices>\n</domain>\n"
     )
