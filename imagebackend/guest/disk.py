@@ -25,6 +25,7 @@ from imagebackend.guest.element import (
     empty_element,
     integer,
     parse_document,
+    path,
     read_size,
     switch,
     text,
@@ -47,7 +48,6 @@ def _block_size() -> Kind:
     return Kind(write, size.read)
 
 
-_ABSOLUTE = text(r"/[^\n\r]+", "an absolute path")
 _NAME = text(r"[a-zA-Z0-9_+-]+", "a name of ASCII letters, digits, '_', '+' and '-'")
 _ALIAS_NAME = text(r"[a-zA-Z0-9_-]+", "a name of ASCII letters, digits, '_' and '-'")
 _SERIAL_NUMBER = text(r"[A-Za-z0-9_.+ -]+", "a serial number of ASCII letters, digits, space, '_', '.', '+' and '-'")
@@ -85,7 +85,7 @@ _SLICE = Element(
     Property("source_slice_size", "size", _SIZE, since=6001000, needed=True),
 )
 _SNAPSHOT = Element(Property("source_snapshot", "name", text(), since=1002011, needed=True))
-_CONFIG = Element(Property("source_config_file", "file", _ABSOLUTE, since=1002011, needed=True))
+_CONFIG = Element(Property("source_config_file", "file", path(), since=1002011, needed=True))
 _AUTH = Element(Property("auth_username", "username", text()))
 _SECRET = Element(
     Property("auth_secret_type", "type", choice("ceph", "iscsi")),
@@ -333,8 +333,8 @@ class LibvirtConfigGuestDisk:
         """
         root = parse_document(xml, "disk")
         found: dict[str, Any] = _DISK.read_attributes(root)
-        for element, path in _ELEMENTS:
-            found |= element.read_attributes(root.find(path))
+        for element, place in _ELEMENTS:
+            found |= element.read_attributes(root.find(place))
         found |= _IDENTITY.read_children(root) | _IOTUNE.read_children(root.find("iotune"))
         source = root.find("source")
         if source is not None:

@@ -29,6 +29,7 @@ __all__ = [
     "escape",
     "integer",
     "parse_document",
+    "path",
     "read_size",
     "switch",
     "text",
@@ -175,6 +176,7 @@ def empty_element(tag: str, attributes: str, indent: str = "  ") -> str:
 def text(pattern: str = "", meaning: str = "") -> Kind:
     """Return the kind of any string, or of those that match ``pattern`` from start to end.
 
+    :param pattern: it must not let a character through that XML wants escaped.
     :param meaning: the pattern in words, for the error.
     """
     if not pattern:
@@ -184,7 +186,19 @@ def text(pattern: str = "", meaning: str = "") -> Kind:
     def write(label: str, value: object) -> str:
         if not isinstance(value, str) or not matches(value):
             raise exceptions.InvalidArgument(f"{label}: {value!a:.80} is not {meaning}")
-        return escape(label, value)
+        return value
+
+    return Kind(write, _as_is)
+
+
+def path() -> Kind:
+    """Return the kind of absolute paths."""
+
+    def write(label: str, value: object) -> str:
+        written = escape(label, value)
+        if written[0] != "/":
+            raise exceptions.InvalidArgument(f"{label}: {value!a:.80} is not an absolute path")
+        return written
 
     return Kind(write, _as_is)
 

@@ -20,6 +20,7 @@ from imagebackend.guest.element import (
     escape,
     integer,
     parse_document,
+    path,
     read_size,
     text,
 )
@@ -27,7 +28,7 @@ from imagebackend.guest.element import (
 __all__ = ["LibvirtConfigGuestFilesys"]
 
 _SIZE = integer(1, 2**63 - 1)
-_ABSOLUTE = text(r"/[^\n\r]*", "an absolute path")
+_PATH = path()
 _TYPES = choice("mount", "template", "file", "block", "ram", "bind")
 
 _FILESYSTEM = Element(
@@ -40,11 +41,11 @@ _DRIVER = Element(
 )
 # The one attribute of <source> that each type has.
 _SOURCES = {
-    "mount": Property("source_dir", "dir", _ABSOLUTE),
-    "bind": Property("source_dir", "dir", _ABSOLUTE),
+    "mount": Property("source_dir", "dir", _PATH),
+    "bind": Property("source_dir", "dir", _PATH),
     "template": Property("source_name", "name", text(r"[a-zA-Z0-9_+-]+", "a name of ASCII letters and digits")),
-    "file": Property("source_file", "file", _ABSOLUTE),
-    "block": Property("source_dev", "dev", _ABSOLUTE),
+    "file": Property("source_file", "file", _PATH),
+    "block": Property("source_dev", "dev", _PATH),
     # In KiB, libvirt's unit for it.
     "ram": Property("source_usage", "usage", integer(1, 2**53 - 1)),
 }

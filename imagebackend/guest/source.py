@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from imagebackend import exceptions
-from imagebackend.guest.element import choice, escape, integer, text
+from imagebackend.guest.element import choice, escape, integer, path, text
 
 if TYPE_CHECKING:
     from lxml import etree
@@ -21,6 +21,7 @@ _PATH_ATTRIBUTE = {"file": "file", "block": "dev", "dir": "dir"}
 _PROTOCOLS = choice(
     "rbd", "nbd", "iscsi", "gluster", "nfs", "http", "https", "ftp", "ftps", "tftp", "sheepdog", "vxhs"
 )
+_PATH = path()
 _PORT = integer(1, 65535)
 _HOST = text(r"[a-zA-Z0-9.-]+|\[?[0-9A-Fa-f:.]+\]?", "a host name or an IP address")
 
@@ -64,10 +65,7 @@ def write_source(owner: Source, label: str, indent: str, attributes: str = "", c
 
 def _path_attribute(owner: Source, label: str) -> str:
     name = _PATH_ATTRIBUTE[TYPES.write(f"{label} source_type", owner.source_type)]
-    path = escape("source_path", owner.source_path)
-    if not path.startswith("/"):
-        raise exceptions.InvalidArgument(f"source_path: {path!a:.80} is not an absolute path")
-    return f' {name}="{path}"'
+    return f' {name}="{_PATH.write("source_path", owner.source_path)}"'
 
 
 def _network_attributes(owner: Source, label: str) -> str:
