@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import imagebackend
 from tests.bench import worker
@@ -46,10 +47,13 @@ class Peer:
 
         return worker.spread(one, [instance], 1)
 
-    def describe(self, instance: str, times: int) -> worker.Timing:
-        """Describe a disk for libvirt, in XML."""
+    def describe(self, instance: str, times: int, anew: bool) -> worker.Timing:
+        """Describe a disk for libvirt, in XML; with ``anew``, from an Image made each time."""
+        device: tuple[Any, ...] = ("virtio", "vda", "disk", "none", {})
+        if anew:
+            return worker.repeat(lambda: self.backend.image(instance, "disk").libvirt_info(*device).to_xml(), times)
         image = self.backend.image(instance, "disk")
-        return worker.repeat(lambda: image.libvirt_info("virtio", "vda", "disk", "none", {}).to_xml(), times)
+        return worker.repeat(lambda: image.libvirt_info(*device).to_xml(), times)
 
     def remove(self, instances: list[str]) -> None:
         """Remove disks."""
