@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import subprocess
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def domain_xml(name: str, guest: GuestImage, disks: Sequence[str], console: Path
     :param virt_type: as :func:`virt_type` returns it.
     """
     # ACPI: a guest of machine type pc cannot power off without.
-    return f"""
+    return f"""\
 <domain type="{virt_type}">
   <name>{name}</name>
   <memory unit="MiB">128</memory>
@@ -84,7 +85,7 @@ def domain_xml(name: str, guest: GuestImage, disks: Sequence[str], console: Path
   <on_reboot>destroy</on_reboot>
   <on_crash>destroy</on_crash>
   <devices>
-    {"".join(disks)}
+{textwrap.indent("".join(disks), "    ").rstrip()}
     <controller type="usb" model="none"/>
     <serial type="file"><source path="{console}"/></serial>
     <memballoon model="none"/>

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import libvirt
@@ -24,11 +25,11 @@ DISK = """
 
 LXC = """
 <domain type="lxc">
-  <name>container</name><memory unit="MiB">64</memory>
+  <name>container-{name}</name><memory unit="MiB">64</memory>
   <os><type>exe</type><init>/bin/sh</init><initarg>-c</initarg>
     <initarg>echo here >/etc/container-was-here; /bin/busybox sleep 600</initarg></os>
   <devices>
-    <filesystem type="mount"><source dir="{}"/><target dir="/"/></filesystem>
+    <filesystem type="mount"><source dir="{folder}"/><target dir="/"/></filesystem>
     <console type="pty"/>
   </devices>
 </domain>
@@ -80,7 +81,7 @@ def test_container_runs_in_the_private_libvirtd(libvirt_lxc: libvirt.virConnect,
         (tmp_path / name).mkdir()
     shutil.copy("/bin/busybox", tmp_path / "bin")
     (tmp_path / "bin" / "sh").symlink_to("busybox")
-    domain = libvirt_lxc.createXML(LXC.format(tmp_path))
+    domain = libvirt_lxc.createXML(LXC.format(name=uuid.uuid4(), folder=tmp_path))
     try:
         written = tmp_path / "etc" / "container-was-here"
         deadline.wait_for(written.exists, seconds=30, what="file written by the container")
@@ -91,7 +92,8 @@ def test_container_runs_in_the_private_libvirtd(libvirt_lxc: libvirt.virConnect,
 def test_everything_ends_when_the_starting_process_is_killed(guest: GuestImage, tmp_path: Path) -> None:
     folder = tmp_path / "libvirtd"
     xml = boot.domain_xml("orphan", guest, [DISK.format(guest.disk)], tmp_path / "console", "qemu")
-    with subprocess.Popen([sys.executable, "-c", START, folder, xml], stdout=subprocess.PIPE) as starting:
+    command = [sys.executable, "-c", START, folder, xml]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as starting:
         assert starting.stdout.readline() == b"running\n"
         assert {"libvirtd", "qemu-system-x86"} <= _processes_of(folder)
         starting.kill()
