@@ -17,9 +17,8 @@ __all__ = ["FORMATS", "LibvirtConfigGuestDiskBackingStore"]
 
 #: The image formats of libvirt's schema.
 FORMATS = choice(
-    *("raw", "qcow2", "qcow", "qed", "cow", "luks"),
+    *("raw", "qcow2", "qcow", "qed", "cow", "luks", "ploop"),
     *("vmdk", "vdi", "vpc", "vhd", "bochs", "cloop", "dmg", "iso", "fat", "dir"),
-    newer={"ploop": 1002013},
 )
 
 # QEMU itself refuses long chains much earlier; this bounds what a parser follows.

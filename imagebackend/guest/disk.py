@@ -2,8 +2,8 @@
 """``<disk>``: a disk of a guest, as libvirt's domain XML describes it.
 
 Source: https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms and libvirt's domaincommon.rng. Versions
-are those of that page's "since". Where it names none: ``discard_granularity`` came between 9.5.0 and 9.7.0,
-``snapshot=manual`` with 8.2.0 at the latest.
+are those of that page's "since" and of libvirt's release notes. Neither dates ``discard_granularity``: Debian's 9.0
+does not know it, and 9.7.0 is a cautious choice.
 """
 
 from __future__ import annotations
@@ -293,10 +293,7 @@ class LibvirtConfigGuestDisk:
         if _seldom(self) == _NO_SELDOM:
             return write_source(self, "disk", "  ")
         policy = _STARTUP_POLICY.attributes(self, version)
-        if policy and self.source_type == "network":
-            raise exceptions.InvalidArgument("startup_policy: for sources on this host, not for network")
-        if (self.source_slice_offset is None) != (self.source_slice_size is None):
-            raise exceptions.InvalidArgument("source_slice_offset and source_slice_size: one needs the other")
+        self._check_source()
         children = empty_element("snapshot", _SNAPSHOT.attributes(self, version), "    ")
         children += empty_element("config", _CONFIG.attributes(self, version), "    ")
         part = _SLICE.attributes(self, version)
@@ -305,6 +302,16 @@ class LibvirtConfigGuestDisk:
         if self.ephemeral_encryption is not None and version >= 3009000:
             children += self.ephemeral_encryption.element(version, "    ")
         return write_source(self, "disk", "  ", policy, children)
+
+    def _check_source(self) -> None:
+        if (self.source_slice_offset is None) != (self.source_slice_size is None):
+            raise exceptions.InvalidArgument("source_slice_offset and source_slice_size: one needs the other")
+        if self.ephemeral_encryption is not None and self.volume_encryption is not None:
+            raise exceptions.InvalidArgument("ephemeral_encryption and volume_encryption: one or the other")
+        misplaced = ("startup_policy",) if self.source_type == "network" else ("source_snapshot", "source_config_file")
+        for attribute in misplaced:
+            if getattr(self, attribute) is not None:
+                raise exceptions.InvalidArgument(f"{attribute}: not where source_type is {self.source_type}")
 
     def _auth(self, version: int) -> str:
         given = (self.auth_username, self.auth_secret_type, self.auth_secret_uuid)

@@ -30,13 +30,14 @@ __all__ = ["LibvirtConfigGuestFilesys"]
 _SIZE = integer(1, 2**63 - 1)
 _PATH = path()
 _TYPES = choice("mount", "template", "file", "block", "ram", "bind")
+_DRIVERS = choice("path", "handle", "loop", "nbd", "ploop", newer={"virtiofs": 6002000})
 
 _FILESYSTEM = Element(
     Property("source_type", "type", _TYPES),
     Property("accessmode", "accessmode", choice("passthrough", "mapped", "squash")),
 )
 _DRIVER = Element(
-    Property("driver_type", "type", choice("path", "handle", "loop", "nbd", "virtiofs", newer={"ploop": 1002015})),
+    Property("driver_type", "type", _DRIVERS, needed=True),
     Property("driver_format", "format", FORMATS),
 )
 # The one attribute of <source> that each type has.
@@ -94,6 +95,7 @@ class LibvirtConfigGuestFilesys:
             (major * 1000000 + minor * 1000 + release); what it does not know is left out. None: the newest.
         :raises InvalidArgument: an attribute is missing, or has a value that libvirt does not take or XML cannot
             carry.
+        :raises Unsupported: this libvirt does not know the driver.
         """
         version = NEWEST if libvirt_version is None else libvirt_version
         source = _SOURCES[_TYPES.write("source_type", self.source_type)]

@@ -63,6 +63,9 @@ from tests.golden.cases import SECRET, disk, luks, rbd
         ({"disk_read_bytes_sec": -1}, "disk_read_bytes_sec: -1 is not between 0 and 1000000000000000"),
         ({"disk_read_bytes_sec_max": 5}, "disk_read_bytes_sec_max=5: needs disk_read_bytes_sec"),
         ({"source_slice_size": 5}, "one needs the other"),
+        ({"source_snapshot": "s"}, "source_snapshot: not where source_type is file"),
+        ({"source_config_file": "/a"}, "source_config_file: not where source_type is file"),
+        ({"ephemeral_encryption": luks(), "volume_encryption": luks()}, "one or the other"),
         ({"auth_username": "cinder"}, "all or none are needed"),
         ({"ephemeral_encryption": LibvirtConfigGuestDiskEncryption()}, "the uuid of its secret is missing"),
         ({"ephemeral_encryption": luks(format="qcow")}, "format: 'qcow' is not one of"),
@@ -91,7 +94,7 @@ def test_disk_is_refused(attributes: dict[str, Any], message: str) -> None:
         ({"source_hosts": ["a b"]}, "source_hosts: 'a b' is not a host name or an IP address"),
         ({"source_hosts": ["a"], "source_ports": [0]}, "source_ports: 0 is not between 1 and 65535"),
         ({"source_hosts": ["a"], "source_ports": [1, 2]}, "source_ports: 2 ports for 1 hosts"),
-        ({"startup_policy": "optional"}, "startup_policy: for sources on this host"),
+        ({"startup_policy": "optional"}, "startup_policy: not where source_type is network"),
         ({"source_config_file": "ceph.conf"}, "source_config_file: 'ceph.conf' is not an absolute path"),
     ],
 )
@@ -136,7 +139,6 @@ def test_unknown_attribute_is_an_error() -> None:
         ({"driver_discard": "unmap"}, 1000006, "discard="),
         ({"driver_iothread": 1}, 1002008, "iothread="),
         ({"disk_total_iops_sec": 1, "disk_total_iops_sec_max": 2}, 1002011, "<total_iops_sec_max>"),
-        ({"driver_format": "ploop"}, 1002013, 'type="ploop"'),
         ({"backing_store": LibvirtConfigGuestDiskBackingStore()}, 1002004, "<backingStore/>"),
         ({"driver_detect_zeroes": "on"}, 2000000, "detect_zeroes="),
         (
@@ -176,10 +178,11 @@ def test_older_libvirt_keeps_native_and_threads() -> None:
         (lambda: rbd(ephemeral_encryption=luks(format="luks2")), 7009000),
         (lambda: rbd(ephemeral_encryption=luks(engine="librbd")), 7009000),
         (lambda: rbd(ephemeral_encryption=luks(format="luks-any")), 9003000),
+        (lambda: LibvirtConfigGuestFilesys(source_dir="/a", driver_type="virtiofs"), 6002000),
     ],
 )
 def test_older_libvirt_is_an_error_where_the_guest_would_see_other_data(
-    make: Callable[[], LibvirtConfigGuestDisk], since: int
+    make: Callable[[], LibvirtConfigGuestDisk | LibvirtConfigGuestFilesys], since: int
 ) -> None:
     assert make().to_xml(since)
     with pytest.raises(exceptions.Unsupported, match="libvirt knows it since"):

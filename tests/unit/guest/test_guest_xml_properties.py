@@ -99,8 +99,7 @@ def disks(draw: st.DrawFn) -> LibvirtConfigGuestDisk:
             maybe(st.builds(LibvirtConfigGuestDeviceAddressDrive, bus=st.integers(0, 99), unit=st.integers(0, 99999)))
         ),
         "alias": draw(maybe(NAMES)),
-        "ephemeral_encryption": draw(maybe(ENCRYPTIONS)),
-        "volume_encryption": draw(maybe(ENCRYPTIONS)),
+        draw(st.sampled_from(["ephemeral_encryption", "volume_encryption"])): draw(maybe(ENCRYPTIONS)),
         "backing_store": draw(chains()),
     }
     attributes |= draw(places())
