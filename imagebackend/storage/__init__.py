@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TODO."""
+"""The outside world, one module a tool, format or kernel facility; it knows nothing of images and templates."""

@@ -7,6 +7,9 @@ import errno
 import itertools
 import os
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 
 from imagebackend import exceptions
 from imagebackend.storage import qcow2, reflink, sparse_copy
+from tests import counting
 from tests.functional.filesystems import allocated, shared
 
 MIB = 1 << 20
@@ -141,6 +145,14 @@ def test_copy_to_a_full_file_system(tmp_path: Path, small_tmpfs: Path, share: bo
     assert raised.value.path == str(small_tmpfs / "target")
 
 
+def test_copy_runs_to_a_full_file_system(tmp_path: Path, small_tmpfs: Path) -> None:
+    write_sparse(tmp_path / "source", 20 * MIB, {0: 20 * MIB})
+    with opened(tmp_path / "source", small_tmpfs / "target") as (source, target):
+        os.ftruncate(target, 20 * MIB)
+        with pytest.raises(exceptions.InsufficientSpace):
+            sparse_copy.copy_runs(source, target, [qcow2.Run(0, 0, 20 * MIB)])
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_copy_of_a_source_that_gets_shorter(ext4_folder: Path, share: bool) -> None:
     write_sparse(ext4_folder / "source", 32 * MIB, {0: 32 * MIB})
@@ -237,3 +249,87 @@ def test_allocate_without_rights(tmp_path: Path) -> None:
     finally:
         os.close(disk)
     assert raised.value.errno == errno.EBADF
+
+
+@pytest.mark.parametrize("size", [32 * MIB, 5 * MIB + 512])
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 * MIB])
+def test_copy_runs_of_a_qcow2_image(folder: Path, size: int, cluster_size: int) -> None:
+    image, target = folder / "image", folder / "target"
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster_size}", str(image), str(size)]
+    subprocess.run(create, check=True)
+    writes = ["write -P 1 1k 3k", "write -P 2 1M 2M", "write -z 2M 512k", f"write -P 3 {size - 512} 512"]
+    words = [word for write in writes for word in ("-c", write)]
+    subprocess.run(["qemu-io", "-f", "qcow2", *words, str(image)], check=True, capture_output=True)
+    with opened(image, target) as (source, descriptor):
+        os.ftruncate(descriptor, size)
+        header = qcow2.read_header(source, "image")
+        sparse_copy.copy_runs(source, descriptor, qcow2.data_runs(source, header, "image"))
+    compare = ["qemu-img", "compare", "-f", "qcow2", "-F", "raw", str(image), str(target)]
+    assert "identical" in subprocess.run(compare, check=True, capture_output=True, text=True).stdout
+    assert target.stat().st_size == size
+    # Small clusters are not always aligned to the blocks that can be shared.
+    if cluster_size >= 4096:
+        assert (shared(target) > 0) is reflink.is_supported(str(folder))
+
+
+def copy_with_fault(folder: Path, fault: str, *, share: bool) -> str:
+    """Copy ``source`` to ``target`` in a process in which a system call does not work; return its complaint."""
+    script = (
+        "import os, sys; from imagebackend.storage import sparse_copy; "
+        "source, target = (os.open(path, os.O_RDWR | os.O_CREAT) for path in sys.argv[1:3]); "
+        f"sparse_copy.copy(source, target, share={share})"
+    )
+    command = ["strace", "-f", "-o", "/dev/null", "-e", f"inject={fault}", sys.executable, "-c", script]
+    done = subprocess.run(
+        [*command, str(folder / "source"), str(folder / "target")], check=False, capture_output=True, text=True
+    )
+    return done.stderr.strip().rpartition("\n")[2]
+
+
+@pytest.mark.parametrize("result", ["error=ENOSYS", "error=EXDEV", "error=EOPNOTSUPP", "error=EINVAL", "retval=0"])
+@pytest.mark.parametrize(("call", "share"), [("copy_file_range", True), ("sendfile", False)])
+def test_a_way_that_is_not_there_is_replaced(ext4_folder: Path, call: str, share: bool, result: str) -> None:
+    content = write_sparse(ext4_folder / "source", 16 * MIB, {MIB: 9 * MIB + 5})
+    assert copy_with_fault(ext4_folder, f"{call}:{result}", share=share) == ""
+    assert (ext4_folder / "target").read_bytes() == content
+    assert allocated(ext4_folder / "target") < 10 * MIB
+
+
+@pytest.mark.parametrize(
+    ("fault", "share", "expected"),
+    [
+        ("copy_file_range:error=EIO:when=2", True, "StorageError: .*/target: Input/output error"),
+        ("copy_file_range:error=EPERM", True, "PermissionDenied: .*/target: permission denied"),
+        ("copy_file_range:error=ENOSPC:when=2", True, "InsufficientSpace: .*/target: no space"),
+        ("sendfile:error=EIO:when=2", False, "StorageError: .*/target: Input/output error"),
+        ("sendfile:error=EDQUOT", False, "InsufficientSpace: .*/target: no space"),
+        ("ftruncate:error=EFBIG", False, "InsufficientSpace: .*/target: no space"),
+    ],
+)
+def test_other_errors_are_errors(ext4_folder: Path, fault: str, share: bool, expected: str) -> None:
+    write_sparse(ext4_folder / "source", 16 * MIB, {MIB: 9 * MIB})
+    assert re.search(expected, copy_with_fault(ext4_folder, fault, share=share))
+
+
+def test_a_clone_that_fails_is_not_copied(xfs_folder: Path) -> None:
+    write_sparse(xfs_folder / "source", MIB, {0: MIB})
+    assert re.search(
+        "StorageError: .*/target: Input/output", copy_with_fault(xfs_folder, "ioctl:error=EIO", share=True)
+    )
+    assert (xfs_folder / "target").stat().st_size == 0
+
+
+def test_clone_costs_the_same_whatever_the_size(xfs_folder: Path) -> None:
+    costs = []
+    for megabytes in (1, 64):
+        write_sparse(xfs_folder / "source", megabytes * MIB, {0: megabytes * MIB // 2})
+        setup = (
+            "import os; from imagebackend.storage import sparse_copy; "
+            f"source = os.open({str(xfs_folder / 'source')!r}, os.O_RDONLY); "
+            f"target = os.open({str(xfs_folder / f'target{megabytes}')!r}, os.O_RDWR | os.O_CREAT)"
+        )
+        costs.append(counting.count("sparse_copy.copy(source, target)", setup=setup))
+    assert costs[0].by_name == costs[1].by_name
+    assert costs[0].by_name["ioctl"] == 1
+    assert sum(costs[0].by_name.values()) <= 3
+    assert costs[0].bytes_written == 0
