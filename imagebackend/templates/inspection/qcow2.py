@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from imagebackend.storage import qcow2
-from imagebackend.templates.inspection.subject import Subject, Verdict
+from imagebackend.templates.inspection.subject import Subject, Verdict, upper_bound
 
 __all__ = ["inspect"]
 
@@ -21,7 +21,7 @@ def inspect(subject: Subject) -> Verdict:
     subject.check_virtual_size(header.virtual_size)
     qcow2.check_refcount_table(descriptor, header, name)
     qcow2.read_snapshots(descriptor, header, name)
-    allocated_size = qcow2.allocated_size(descriptor, header, name)
+    allocated_size = upper_bound(qcow2.allocated_size(descriptor, header, name), header.virtual_size)
     notes = {
         "compression type zstd": header.compression_type == 1,
         "extended l2": header.extended_l2,

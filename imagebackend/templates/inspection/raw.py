@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from imagebackend.names import SECTOR
-from imagebackend.templates.inspection.subject import Subject, Verdict, round_up
+from imagebackend.templates.inspection.subject import BLOCK, Subject, Verdict, round_up
 
 __all__ = ["inspect"]
 
@@ -21,7 +21,7 @@ def inspect(subject: Subject) -> Verdict:
         raise subject.refusal(f"it has {subject.size} bytes, less than one sector")
     # QEMU shows a file that ends within a sector as if the sector were whole.
     virtual_size = round_up(subject.size, SECTOR)
-    return Verdict("raw", virtual_size, virtual_size, tuple(_notes(subject)))
+    return Verdict("raw", virtual_size, round_up(virtual_size, BLOCK), tuple(_notes(subject)))
 
 
 def _notes(subject: Subject) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Literal
 from imagebackend import exceptions
 from imagebackend.names import SECTOR
 
-__all__ = ["BLOCK", "Subject", "Verdict", "round_up"]
+__all__ = ["BLOCK", "Subject", "Verdict", "round_up", "upper_bound"]
 
 #: The block in which file systems allocate.
 BLOCK = 4096
@@ -44,6 +44,15 @@ class Verdict:
 def round_up(size: int, step: int) -> int:
     """Return the smallest multiple of ``step`` that is not below ``size``."""
     return -(-size // step) * step
+
+
+def upper_bound(data: int, virtual_size: int) -> int:
+    """Return how many bytes a disk occupies at most as a raw file that QEMU writes.
+
+    :param data: bytes of its clusters, grains or blocks that are allocated, of which none is below a :data:`BLOCK`.
+    """
+    # QEMU always allocates the first block of a raw file that it makes, to find out what direct I/O needs.
+    return min(data + BLOCK, round_up(virtual_size, BLOCK))
 
 
 class Subject:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import struct
 
 from imagebackend.names import SECTOR
-from imagebackend.templates.inspection.subject import BLOCK, Subject, Verdict, round_up
+from imagebackend.templates.inspection.subject import Subject, Verdict, round_up, upper_bound
 
 __all__ = ["inspect"]
 
@@ -45,7 +45,7 @@ def inspect(subject: Subject) -> Verdict:
     if blocks > _MAX_BLOCKS or virtual_size > blocks * _BLOCK_SIZE:
         raise subject.refusal(f"{blocks} blocks of 1 MiB for {virtual_size} bytes; {_MAX_BLOCKS} is the limit")
     allocated = _count_blocks(subject, map_offset, data_offset, blocks)
-    return Verdict("vdi", virtual_size, min(allocated * _BLOCK_SIZE, round_up(virtual_size, BLOCK)))
+    return Verdict("vdi", virtual_size, upper_bound(allocated * _BLOCK_SIZE, virtual_size))
 
 
 def _count_blocks(subject: Subject, map_offset: int, data_offset: int, blocks: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from imagebackend.names import SECTOR
-from imagebackend.templates.inspection.subject import BLOCK, Subject, Verdict, round_up
+from imagebackend.templates.inspection.subject import Subject, Verdict, upper_bound
 
 __all__ = ["inspect"]
 
@@ -66,7 +66,7 @@ def inspect(subject: Subject) -> Verdict:
     regions = _regions(subject)
     disk = _disk(subject, *regions[_METADATA])
     allocated = _count_blocks(subject, disk, *regions[_BLOCK_TABLE]) * disk.block_size
-    return Verdict("vhdx", disk.virtual_size, min(allocated, round_up(disk.virtual_size, BLOCK)))
+    return Verdict("vhdx", disk.virtual_size, upper_bound(allocated, disk.virtual_size))
 
 
 def _check_headers(subject: Subject) -> None:

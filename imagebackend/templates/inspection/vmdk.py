@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from imagebackend.names import SECTOR
 from imagebackend.templates.inspection import vmdk_descriptor
-from imagebackend.templates.inspection.subject import BLOCK, Subject, Verdict, round_up
+from imagebackend.templates.inspection.subject import BLOCK, Subject, Verdict, upper_bound
 
 __all__ = ["inspect"]
 
@@ -70,7 +70,7 @@ def inspect(subject: Subject) -> Verdict:
     if (create_type == "streamOptimized") != bool(header.flags & _COMPRESSED):
         raise subject.refusal(f"a VMDK of type {create_type}, but its flags are {header.flags:#x}")
     allocated = _count_grains(subject, header) * max(header.grain * SECTOR, BLOCK)
-    return Verdict("vmdk", virtual_size, min(allocated, round_up(virtual_size, BLOCK)), (create_type,))
+    return Verdict("vmdk", virtual_size, upper_bound(allocated, virtual_size), (create_type,))
 
 
 def _header(subject: Subject, sector: bytes) -> _Header:

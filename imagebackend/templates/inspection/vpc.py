@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from imagebackend.names import SECTOR
-from imagebackend.templates.inspection.subject import BLOCK, Subject, Verdict, round_up
+from imagebackend.templates.inspection.subject import BLOCK, Subject, Verdict, round_up, upper_bound
 
 __all__ = ["inspect"]
 
@@ -84,7 +84,7 @@ def _inspect_fixed(subject: Subject, footer: _Footer, head: bytes) -> Verdict:
         raise subject.refusal(f"a fixed VHD with a header at {footer.data_offset}")
     if footer.virtual_size > subject.size - _FOOTER_SIZE:
         raise subject.refusal(f"a fixed VHD of {footer.virtual_size} bytes in a file of {subject.size}")
-    return Verdict("vpc", footer.virtual_size, footer.virtual_size, ("fixed",))
+    return Verdict("vpc", footer.virtual_size, round_up(footer.virtual_size, BLOCK), ("fixed",))
 
 
 def _inspect_dynamic(subject: Subject, footer: _Footer) -> Verdict:
@@ -108,8 +108,8 @@ def _inspect_dynamic(subject: Subject, footer: _Footer) -> Verdict:
             if min(used) * SECTOR < _FOOTER_SIZE:
                 raise subject.refusal("a block lies on the footer's copy")
         count += len(used)
-    block = max(block_size, BLOCK)
-    return Verdict("vpc", footer.virtual_size, min(count * block, round_up(footer.virtual_size, BLOCK)), ("dynamic",))
+    allocated_size = upper_bound(count * max(block_size, BLOCK), footer.virtual_size)
+    return Verdict("vpc", footer.virtual_size, allocated_size, ("dynamic",))
 
 
 def _check_sum(subject: Subject, structure: bytes, offset: int, stated: int, what: str) -> None:
