@@ -29,7 +29,8 @@ LOG = logging.getLogger(__name__)
 #: Where commands are looked for. The environment's own PATH is not trusted.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-_ENVIRONMENT = {"PATH": PATH, "LC_ALL": "C", "HOME": "/"}
+# glibc reserves address space for malloc by the number of cores, which a limit on it would have to follow.
+_ENVIRONMENT = {"PATH": PATH, "LC_ALL": "C", "HOME": "/", "MALLOC_ARENA_MAX": "2"}
 _OUTPUT_LIMIT = 16 << 20
 _STDERR_SHOWN = 4096
 _HEARTBEAT = 0.5
@@ -94,7 +95,8 @@ def run(
     executable = find(command[0])
     if executable is None:
         raise exceptions.ToolMissing(shown, package)
-    LOG.debug("running %s", shlex.join(shown))
+    # A file name need not be UTF-8, but what is logged is.
+    LOG.debug("running %s", shlex.join(shown).encode(errors="backslashreplace").decode())
     started = time.monotonic()
     child = subprocess.Popen(
         [*_wrapper(limits), executable, *command[1:]],

@@ -339,8 +339,8 @@ class Image(abc.ABC):
         disk = guest.LibvirtConfigGuestDisk(source_type=self.source_type, source_device=device_type)
         disk.driver_name = "qemu"
         self._describe_source(disk)
-        modes = guest.parse_disk_cachemodes(self.conf.libvirt.disk_cachemodes)
         if cache_mode is None:
+            modes = guest.parse_disk_cachemodes(self.conf.libvirt.disk_cachemodes)
             direct_io = self.source_type != "file" or _supports_direct_io(os.path.abspath(self.conf.instances_path))
             cache_mode = guest.choose_cache_mode(self.source_type, modes, direct_io=direct_io)
         preallocated = self.conf.preallocate_images == "space"

@@ -126,15 +126,15 @@ class DiskFile:
             raise exceptions.DiskInUse(self.path, "a running guest or a tool has it open; stop the guest first")
 
     @contextlib.contextmanager
-    def change(self, disk_format: str, operation: str, **facts: str) -> Iterator[None]:
+    def change(self, disk_format: str, operation: str, **facts: Any) -> Iterator[None]:
         """Change the disk in place in the block, with the intent on record.
 
         qemu-img's changes are not atomic. If the block fails, or the process dies in it, the disk is checked: leaked
         clusters are given back, and damage marks it as not to be used.
 
         :param disk_format: qcow2.
-        :param operation: what is being done, for :meth:`recover`.
-        :param facts: what :meth:`recover` needs to know of it.
+        :param operation: what is being done.
+        :param facts: what whoever finds the intent has to know to finish the change.
         """
         durable = self.conf.durable_writes
         publish.write_file(self._intent, json.dumps({"operation": operation, **facts}).encode(), durable=durable)
@@ -145,21 +145,23 @@ class DiskFile:
             yield
         except Exception as error:
             try:
-                self.recover(disk_format)
+                self.repair(disk_format)
+                self.settle()
             except exceptions.ImageBackendError as damage:
                 error.add_note(f"and afterwards: {damage}")
             raise
         faults.point(f"disk.{operation}.changed")
-        publish.remove_file(self._intent)
+        self.settle()
 
-    def recover(self, disk_format: str) -> dict[str, str] | None:
-        """Bring a disk whose change was cut short back into order; the caller holds the lock.
+    def repair(self, disk_format: str) -> dict[str, Any] | None:
+        """Check a disk whose change was cut short, and give leaked clusters back; the caller holds the lock.
 
-        :returns: the intent that was found, as recorded by :meth:`change`; None if there was none.
+        :returns: the intent that was found, as recorded by :meth:`change`; None if there was none. The caller does
+            what remains to be done, then calls :meth:`settle`.
         :raises CorruptDisk: the disk is damaged, and marked so.
         """
         try:
-            intent: dict[str, str] = json.loads(pathlib.Path(self._intent).read_bytes())
+            intent: dict[str, Any] = json.loads(pathlib.Path(self._intent).read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -170,8 +172,11 @@ class DiskFile:
             publish.write_file(self._broken, json.dumps(intent).encode(), durable=self.conf.durable_writes)
             reason = f"{result.corruptions} errors after '{intent['operation']}' was cut short; restore or remove it"
             raise exceptions.CorruptDisk(self.path, reason)
-        publish.remove_file(self._intent)
         return intent
+
+    def settle(self) -> None:
+        """Drop the intent: the change was made, or undone."""
+        publish.remove_file(self._intent)
 
     def tool_options(self) -> dict[str, Any]:
         """Return the deadline and limits for a tool that works on the whole disk, as keyword arguments."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from imagebackend import exceptions, faults, names
@@ -74,7 +74,7 @@ class Qcow2(Image):
             if self._file.exists():
                 self._settle()
                 return
-            with self._scratch(size) as scratch, self._file.create("qcow2") as (_, partial):
+            with self._file.create("qcow2") as (_, partial), self._scratch(size) as scratch:
                 func(scratch)
                 transfer.check_filled(scratch, size)
                 options = self._options(backed=False)
@@ -145,13 +145,14 @@ class Qcow2(Image):
     def flatten(self, *, progress: Progress | None = None) -> None:
         with self._file.lock():
             self._settle()
-            if self._header().backing_file is not None:
-                self._file.refuse_in_use()
-                with self._file.change("qcow2", "flatten"):
-                    options = self._file.tool_options()
-                    qemu_img.rebase(self.path, "qcow2", None, None, progress=progress, **options)
-                LOG.info("disk %s flattened", self.path)
-            self.templates.release_all(self._file.owner)
+            if self._header().backing_file is None:
+                return
+            self._file.refuse_in_use()
+            template = self._template_name()
+            with self._file.change("qcow2", "flatten", leases=[template]):
+                qemu_img.rebase(self.path, "qcow2", None, None, progress=progress, **self._file.tool_options())
+                self._release_unused([template])
+        LOG.info("disk %s flattened", self.path)
 
     def rebase(self, template: str, *, unsafe: bool = False, progress: Progress | None = None) -> None:
         """Put the disk on another template; what its guest reads stays the same.
@@ -165,16 +166,15 @@ class Qcow2(Image):
         with self._file.lock(), self.templates.use(template) as base:
             self._settle()
             self._file.refuse_in_use()
-            before = self._template_name()
-            self.templates.lease(template, self._file.owner)
-            with self._file.change("qcow2", "rebase"):
+            leases = [self._template_name(), template]
+            with self._file.change("qcow2", "rebase", leases=leases):
+                self.templates.lease(template, self._file.owner)
                 options = self._file.tool_options()
                 qemu_img.rebase(
                     self.path, "qcow2", base.path, base.format, unsafe=unsafe, progress=progress, **options
                 )
-            if before is not None and before != template:
-                self.templates.release(before, self._file.owner)
-        LOG.info("disk %s rebased from template %s to %s", self.path, before, template)
+                self._release_unused(leases)
+        LOG.info("disk %s rebased to template %s", self.path, template)
 
     def backing_chain(self) -> list[qcow2.BackingFile]:
         """Return the files that the disk's data are in, the disk first; the chain's depth is its length less one.
@@ -311,11 +311,21 @@ class Qcow2(Image):
     def _settle(self) -> None:
         """Finish, or undo, a change that was cut short; the caller holds the lock."""
         self._file.require()
-        intent = self._file.recover("qcow2")
-        if intent is not None and intent["operation"] == "rollback":
+        intent = self._file.repair("qcow2")
+        if intent is None:
+            return
+        if intent["operation"] == "rollback":
             # Half of the old state and half of the snapshot's is neither.
-            with self._file.change("qcow2", "rollback", snapshot=intent["snapshot"]):
-                qemu_img.snapshot_apply(self.path, intent["snapshot"], **self._file.tool_options())
+            qemu_img.snapshot_apply(self.path, intent["snapshot"], **self._file.tool_options())
+        self._release_unused(intent.get("leases", []))
+        self._file.settle()
+
+    def _release_unused(self, templates: Iterable[str | None]) -> None:
+        """Drop the leases on those of ``templates`` that the disk does not depend on, or no longer."""
+        used = self._template_name()
+        for name in templates:
+            if name is not None and name != used:
+                self.templates.release(name, self._file.owner)
 
     def _check_snapshot_name(self, name: str) -> None:
         names.check_name("snapshot", name)

@@ -107,7 +107,7 @@ class Raw(Image):
             self._settle()
             if os.path.lexists(target):
                 raise exceptions.SnapshotExists(name, f"of disk {self.path}")
-            with image_lock.hold(self.path):
+            with image_lock.hold(self.path, shared=True):
                 self._share(self.path, target)
 
     def remove_snap(self, name: str, ignore_errors: bool = False) -> None:
@@ -209,9 +209,11 @@ class Raw(Image):
     def _grow(self, size: int) -> None:
         with image_lock.hold(self.path), transfer.open_file(self.path, writable=True) as descriptor:
             try:
-                os.ftruncate(descriptor, size)
+                if self.conf.preallocate_images == "space":
+                    sparse_copy.allocate(descriptor, size)
+                else:
+                    os.ftruncate(descriptor, size)
                 faults.point("disk.resize.changed")
-                self._preallocate(descriptor, size)
                 if self.conf.durable_writes:
                     os.fdatasync(descriptor)
             except OSError as error:
@@ -227,7 +229,8 @@ class Raw(Image):
 
     def _settle(self) -> None:
         self._file.require()
-        self._file.recover(self.resolve_driver_format())
+        if self._file.repair(self.resolve_driver_format()) is not None:
+            self._file.settle()
 
     def _format_of(self, path: str) -> str:
         return self.resolve_driver_format() if path == self.path else disk_info.read(path) or "raw"

@@ -99,7 +99,9 @@ def write_file(path: str, content: bytes, *, durable: bool) -> None:
             descriptor = create(partial)
             undo.callback(remove_quietly, partial)
             try:
-                os.write(descriptor, content)
+                left = memoryview(content)
+                while left:
+                    left = left[os.write(descriptor, left) :]
                 faults.point("publish.filled")
                 if durable:
                     os.fdatasync(descriptor)

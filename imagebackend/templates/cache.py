@@ -321,6 +321,8 @@ class TemplateCache:
                 publish.commit(image, download, path, durable=durable)
             else:
                 value = self._convert(image, download, verdict, path, progress)
+                # Before the record: once the template is there, nobody looks for leftovers of its fetch.
+                publish.remove_file(download)
             faults.point("template.fetch.published")
             found = os.stat(path)
         template = Template(
