@@ -23,6 +23,7 @@ __all__ = ["FIGURES", "Bench", "Figure"]
 _GIB, _MIB = 1 << 30, 1 << 20
 _TEMPLATE = "template"
 NOVA = "Nova 34.0.0"
+_REFLINK, _REFLINK_SYNC = "cp --reflink=always", "cp --reflink=always, fsync"
 _SIDES = {"own": OWN, "nova": NOVA}
 
 Contender = Callable[[], Timing]
@@ -67,10 +68,8 @@ class Bench:
             workers = {}
             for side in self.sides:
                 folder = f"{place}/{side}-{images_type}"
-                stack.callback(shutil.rmtree, folder)
-                configuration = peers.write_configuration(folder, images_type, image_service)
-                workers[side] = peers.Worker(side, configuration)
-                stack.callback(workers[side].close)
+                configuration = peers.write_configuration(folder, images_type, image_service=image_service)
+                workers[side] = stack.enter_context(_worker(side, configuration, folder))
             yield workers
 
     @contextmanager
@@ -78,8 +77,21 @@ class Bench:
         """The same, with the template in each side's cache."""
         with self.workers(images_type, place) as workers:
             for worker in workers.values():
-                worker.call("adopt", template=_TEMPLATE, path=self.template, size=self.virtual_size)
+                self.adopt(worker)
             yield workers
+
+    @contextmanager
+    def hasty_worker(self, images_type: str, place: str) -> Iterator[peers.Worker]:
+        """Start this side with ``durable_writes`` switched off, the template in its cache."""
+        folder = f"{place}/own-{images_type}-hasty"
+        configuration = peers.write_configuration(folder, images_type, durable=False)
+        with _worker("own", configuration, folder) as worker:
+            self.adopt(worker)
+            yield worker
+
+    def adopt(self, worker: peers.Worker) -> None:
+        """Put the template into a side's cache."""
+        worker.call("adopt", template=_TEMPLATE, path=self.template, size=self.virtual_size)
 
     def interleave(self, title: str, contenders: Mapping[str, Contender]) -> dict[str, list[Timing]]:
         """Give each contender its turn in each round, another one first each time."""
@@ -93,6 +105,18 @@ class Bench:
                 results[name].append(contenders[name]())
         progress("")
         return results
+
+
+@contextmanager
+def _worker(side: str, configuration: str, folder: str) -> Iterator[peers.Worker]:
+    try:
+        worker = peers.Worker(side, configuration)
+        try:
+            yield worker
+        finally:
+            worker.close()
+    finally:
+        shutil.rmtree(folder)
 
 
 @dataclass(frozen=True)
@@ -140,16 +164,29 @@ def warm_qcow2_threads(bench: Bench, figure: str) -> list[Row | CountRow]:
 def raw_reflink(bench: Bench, figure: str) -> list[Row | CountRow]:
     if bench.xfs is None:
         raise RuntimeError("needs root, to mount an XFS")
-    tool, count = "cp --reflink=always", 5 if bench.quick else 20
+    count = 5 if bench.quick else 20
     source = f"{bench.xfs}/source.raw"
     subprocess.run(["cp", "--sparse=always", bench.template, source], check=True)
-    with bench.warm_workers("raw", bench.xfs) as workers:
-        contenders = _creators(bench, workers, count)
-        contenders[tool] = functools.partial(_copy, source, count, ["cp", "--reflink=always"], durable=False)
+    commands = {
+        _REFLINK: "cp --reflink=always TEMPLATE DISK",
+        _REFLINK_SYNC: "the same, then fsync(2) of DISK and folder",
+    }
+    tools: dict[str, Contender] = {
+        _REFLINK: functools.partial(_copy, source, count, _REFLINK.split(), None),
+        _REFLINK_SYNC: functools.partial(_copy, source, count, _REFLINK.split(), _sync_file_and_folder),
+    }
+    with bench.warm_workers("raw", bench.xfs) as workers, bench.hasty_worker("raw", bench.xfs) as hasty:
         title = f"warm raw disk on XFS, {count} in turn"
-        values = _per_item(bench.interleave(title, contenders), 1e3)
+        contenders = {**_creators(bench, workers, count), **tools}
+        durable = _per_item(bench.interleave(title, contenders), 1e3)
+        without = f"{title}, durable_writes = false"
+        contenders = {**_creators(bench, {"own": hasty}, count), _REFLINK: tools[_REFLINK]}
+        not_durable = _per_item(bench.interleave(without, contenders), 1e3)
     os.unlink(source)
-    return [Row(figure, title, "ms a disk", values, {NOVA: 60, tool: 3}, commands={tool: f"{tool} TEMPLATE DISK"})]
+    return [
+        Row(figure, title, "ms a disk", durable, {NOVA: 60, _REFLINK: 3, _REFLINK_SYNC: 1}, commands=commands),
+        Row(figure, without, "ms a disk", not_durable, {_REFLINK: 3}),
+    ]
 
 
 def raw_copy(bench: Bench, figure: str) -> list[Row | CountRow]:
@@ -157,8 +194,8 @@ def raw_copy(bench: Bench, figure: str) -> list[Row | CountRow]:
     kind = subprocess.check_output(["findmnt", "-no", "FSTYPE", "-T", bench.folder], text=True).strip()
     with bench.warm_workers("raw", bench.folder) as workers:
         contenders = _creators(bench, workers, 1)
-        contenders[tool] = functools.partial(_copy, bench.template, 1, ["cp"], durable=True)
-        contenders[bare] = functools.partial(_copy, bench.template, 1, ["cp"], durable=False)
+        contenders[tool] = functools.partial(_copy, bench.template, 1, ["cp"], _sync_file)
+        contenders[bare] = functools.partial(_copy, bench.template, 1, ["cp"], None)
         title = f"warm raw disk on {kind}, {bench.data_size // _MIB} MiB of data"
         values = _per_item(bench.interleave(title, contenders), 1e3)
     commands = {tool: "cp TEMPLATE DISK, then fdatasync(2)", bare: "cp TEMPLATE DISK, not durable"}
@@ -317,19 +354,26 @@ def _qemu_img_create(bench: Bench, count: int) -> Timing:
     return timing
 
 
-def _copy(source: str, count: int, command: list[str], *, durable: bool) -> Timing:
+def _copy(source: str, count: int, command: list[str], sync: Callable[[str], None] | None) -> Timing:
     disks = [f"{source}.copy-{number}" for number in range(count)]
-
-    def sync(number: int) -> None:
-        descriptor = os.open(disks[number], os.O_RDONLY)
-        os.fdatasync(descriptor)
-        os.close(descriptor)
-
-    commands = [[*command, source, disk] for disk in disks]
-    timing = peers.run_tool(commands, sync) if durable else peers.run_tool(commands)
+    after = (lambda number: sync(disks[number])) if sync else (lambda number: None)
+    timing = peers.run_tool([[*command, source, disk] for disk in disks], after)
     for disk in disks:
         os.unlink(disk)
     return timing
+
+
+def _sync_file(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fdatasync(descriptor)
+    os.close(descriptor)
+
+
+def _sync_file_and_folder(path: str) -> None:
+    for each in (path, os.path.dirname(path)):
+        descriptor = os.open(each, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def _count_side(bench: Bench, figure: str, side: str, images_type: str, place: str) -> list[Row | CountRow]:

@@ -22,6 +22,7 @@ _CONFIGURATION = """
 [DEFAULT]
 state_path = {folder}
 instances_path = {folder}/instances
+durable_writes = {durable}
 [libvirt]
 images_type = {images_type}
 virt_type = qemu
@@ -35,12 +36,16 @@ def interpreter(side: str) -> str:
     return f"{ROOT}/.cache/nova/bin/python" if side == "nova" else sys.executable
 
 
-def write_configuration(folder: str, images_type: str, image_service: str) -> str:
-    """Write the ini file of one side, the same for both, and return its path."""
+def write_configuration(folder: str, images_type: str, *, image_service: str = "", durable: bool = True) -> str:
+    """Write the ini file of one side, the same for both, and return its path.
+
+    :param durable: whether this project waits for stable storage; Nova has no such option.
+    """
     os.makedirs(f"{folder}/instances", exist_ok=True)
     path = f"{folder}/bench.conf"
     with open(path, "w") as file:
-        file.write(_CONFIGURATION.format(folder=folder, images_type=images_type, image_service=image_service))
+        options = {"images_type": images_type, "image_service": image_service, "durable": durable}
+        file.write(_CONFIGURATION.format(folder=folder, **options))
     return path
 
 
