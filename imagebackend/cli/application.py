@@ -16,6 +16,7 @@ import click
 from imagebackend import exceptions
 from imagebackend.cli import exit_status, output
 from imagebackend.cli.disk import disk
+from imagebackend.cli.doctor import doctor
 from imagebackend.cli.session import DEFAULT_CONFIG_FILE, Session
 from imagebackend.cli.template import template
 
@@ -100,6 +101,7 @@ def application(
 
 application.add_command(template)
 application.add_command(disk)
+application.add_command(doctor)
 
 
 def run() -> int:

@@ -34,6 +34,7 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         self._bar: Any = None
         self._shown = -1
+        self._done = self._total = 0
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[Progress]:
@@ -41,6 +42,9 @@ class Progress:
         try:
             with self._interruption.watch():
                 yield self
+            # The last report may have come before the end.
+            if not self._silent and self._done < self._total:
+                self._show(self._total, self._total)
         finally:
             self._finish_bar()
 
@@ -50,8 +54,11 @@ class Progress:
         :raises Cancelled: the user wants no more of it.
         """
         self._interruption.check()
-        if self._silent:
-            return
+        self._done, self._total = done, total
+        if not self._silent:
+            self._show(done, total)
+
+    def _show(self, done: int, total: int) -> None:
         if not total:
             self._tell(done // _STEP, human_size(done))
         elif self._terminal:
