@@ -38,13 +38,15 @@
     │   └── FetchTimeout
     └── Cancelled                  a progress callback asked to stop
 
-Errors carry their facts as attributes, so that callers need not read the text.
+Errors carry their facts as attributes, so that callers need not read the text. They can be copied and pickled.
 """
 
 from __future__ import annotations
 
+import copyreg
 import errno
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
     "AlreadyExists",
@@ -88,6 +90,10 @@ __all__ = [
 class ImageBackendError(Exception):
     """The root of this library's errors."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own way calls the constructor with the text alone, and most here take something else.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
+
 
 class InvalidConfiguration(ImageBackendError):
     """An option's value cannot be used.
@@ -112,10 +118,7 @@ class InvalidName(InvalidArgument):
     """
 
     def __init__(self, kind: str, name: object, reason: str) -> None:
-        shown = repr(name)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        super().__init__(f"{kind} name {shown}: {reason}")
+        super().__init__(f"{kind} name {_shown(name)}: {reason}")
         self.kind = kind
         self.name = name
         self.reason = reason
@@ -128,7 +131,7 @@ class InvalidSize(InvalidArgument):
     """
 
     def __init__(self, size: object, reason: str) -> None:
-        super().__init__(f"size {size!r}: {reason}")
+        super().__init__(f"size {_shown(size)}: {reason}")
         self.size = size
         self.reason = reason
 
@@ -419,3 +422,9 @@ def storage_error(error: OSError, path: str) -> ImageBackendError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return PermissionDenied(name, error.errno)
     return StorageError(name, error.strerror or str(error), error.errno)
+
+
+def _shown(value: object) -> str:
+    # Python refuses to write integers of more than a few thousand digits in decimal.
+    shown = hex(value) if isinstance(value, int) and value.bit_length() > 128 else repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."

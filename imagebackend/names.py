@@ -44,10 +44,10 @@ def check_size(size: object) -> int:
         raise exceptions.InvalidSize(size, f"a number of bytes is needed, not {type(size).__name__}")
     if size <= 0:
         raise exceptions.InvalidSize(size, "a disk has at least one sector of 512 bytes")
-    if size % SECTOR:
-        raise exceptions.InvalidSize(size, f"not a multiple of 512 bytes; {-(-size // SECTOR) * SECTOR} is the next")
     if size > _MAX_SIZE:
         raise exceptions.InvalidSize(size, f"QEMU addresses at most {_MAX_SIZE} bytes")
+    if size % SECTOR:
+        raise exceptions.InvalidSize(size, f"not a multiple of 512 bytes; {-(-size // SECTOR) * SECTOR} is the next")
     return size
 
 
