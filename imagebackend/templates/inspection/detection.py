@@ -18,10 +18,7 @@ _HEAD = 4096
 _TAIL = 1024
 _VDI_SIGNATURE = struct.pack("<I", 0xBEDA107F)
 _DMG_TRAILER = struct.pack(">4sI", b"koly", 4)
-#: Wider than QEMU's: any white space, any case. What comes before the version line are comments and empty lines.
-_VMDK_DESCRIPTOR = re.compile(
-    rb"(?:\s*#[^\n]*\n|\s*\n)*\s*version\s*=\s*[0-9]|\s*#\s*disk\s*descriptorfile", re.IGNORECASE
-)
+_VERSION_LINE = re.compile(rb"version\s*=\s*[0-9]")
 
 
 def _starts(mark: bytes, offset: int = 0) -> Callable[[bytes], bool]:
@@ -30,6 +27,17 @@ def _starts(mark: bytes, offset: int = 0) -> Callable[[bytes], bool]:
 
 def _is_qcow2(head: bytes) -> bool:
     return head.startswith(b"QFI\xfb") and head[4:8] != b"\x00\x00\x00\x01"
+
+
+def _is_vmdk_descriptor(head: bytes) -> bool:
+    """Return whether a version line follows comments and empty lines; wider than QEMU: any white space, any case."""
+    for line in map(bytes.strip, head.lower().split(b"\n")):
+        if line.startswith(b"#"):
+            if line.lstrip(b"# \t").startswith(b"disk descriptorfile"):
+                return True
+        elif line:
+            return _VERSION_LINE.match(line) is not None
+    return False
 
 
 #: Formats that are accepted, after a closer look.
@@ -49,7 +57,7 @@ _REFUSED: dict[str, Callable[[bytes], bool]] = {
     "a parallels disk": lambda head: head.startswith((b"WithoutFreeSpace", b"WithouFreSpacExt")),
     "a qcow image of version 1": _starts(b"QFI\xfb\x00\x00\x00\x01"),
     "a qed image": _starts(b"QED\x00"),
-    "a VMDK descriptor, whose extents are other files": lambda head: _VMDK_DESCRIPTOR.match(head) is not None,
+    "a VMDK descriptor, whose extents are other files": _is_vmdk_descriptor,
     "a VMDK of type COWD": _starts(b"COWD"),
 }
 

@@ -23,6 +23,8 @@ _FORBIDDEN = ("parentfilenamehint", "changetrackpath", "encryption", "keysafe")
 _EXTENT = re.compile(r'RW (?P<sectors>[0-9]{1,18}) SPARSE "(?P<file>[^"/\\:]{1,255})"')
 _SETTING = re.compile(r'(?P<key>[A-Za-z][A-Za-z0-9_.:\-]*)\s*=\s*(?P<quote>"?)(?P<value>[^"]*)(?P=quote)')
 _EXTENT_ANYWHERE = re.compile(r"\b(?:rw|rdonly|noaccess)\s+[0-9]", re.IGNORECASE)
+#: What keeps matching cheap, and is far above what tools write.
+_MAX_LINE = 1024
 _SINGLE = ("version", "parentcid", "createtype")
 
 
@@ -60,6 +62,8 @@ def _parse(subject: Subject, lines: list[str]) -> tuple[list[int], dict[str, str
     for line in map(str.strip, lines):
         if not line or line.startswith("#"):
             continue
+        if len(line) > _MAX_LINE:
+            raise subject.refusal(f"its VMDK descriptor has a line of {len(line)} characters")
         if extent := _EXTENT.fullmatch(line):
             extents.append(int(extent["sectors"]))
         elif setting := _SETTING.fullmatch(line):
