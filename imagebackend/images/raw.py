@@ -236,7 +236,10 @@ class Raw(Image):
         return self.resolve_driver_format() if path == self.path else disk_info.read(path) or "raw"
 
     def _can_share(self) -> bool:
-        return self.conf.reflink != "never" and reflink.is_supported(self._file.folder)
+        folder = self._file.folder
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)  # the disk's own may be still to be made
+        return self.conf.reflink != "never" and reflink.is_supported(folder)
 
     def _share(self, source: str, target: str) -> None:
         durable = self.conf.durable_writes

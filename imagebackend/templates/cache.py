@@ -157,6 +157,8 @@ class TemplateCache:
         :raises TemplateNotFound: it is not, and there is nothing to fetch it with.
         """
         path = self.path(name)
+        if fetch_func is None:
+            self.get(name)
         while True:
             with self._lock(name, shared=True):
                 template = record.read(self._record(name), path)
@@ -214,6 +216,8 @@ class TemplateCache:
         :raises CorruptRecord: the record or the file is damaged.
         """
         path = self.path(name)
+        if name not in self.names():
+            raise exceptions.TemplateNotFound(name)
         with self._lock(name, shared=True):
             template = record.read(self._record(name), path, check_file=False)
             if template is None:
@@ -236,7 +240,7 @@ class TemplateCache:
         :raises LockTimeout: someone else was at it for longer than ``[DEFAULT] lock_timeout``.
         """
         path = self.path(name)
-        with self._lock(name, transient=True):
+        with self._lock(name):
             users = [f"{lease.owner.host}:{lease.owner.path}" for lease in self.leases(name)]
             if users:
                 raise exceptions.TemplateInUse(name, users)
@@ -257,11 +261,10 @@ class TemplateCache:
     def _leases(self, name: str) -> str:
         return f"{self._folder}/.leases/{name}"
 
-    def _lock(
-        self, name: str, *, shared: bool = False, transient: bool = False
-    ) -> contextlib.AbstractContextManager[None]:
+    def _lock(self, name: str, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
+        # Exclusive holders remove the lock file, so that none is left for a template that could not be fetched.
         path = f"{self._locks}/template-{name}"
-        return locks.hold(path, timeout=self._conf.lock_timeout, shared=shared, transient=transient)
+        return locks.hold(path, timeout=self._conf.lock_timeout, shared=shared, transient=not shared)
 
     def _fetch_locked(
         self,

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the path from a cached template to a disk costs, in system calls: no clock, no noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.counting import Counts, count
+
+GIB = 1 << 30
+
+SETUP = """
+import os, shutil
+import imagebackend
+conf = imagebackend.load_config()
+conf.set_override("instances_path", {folder!r})
+conf.set_override("images_type", {image_type!r}, group="libvirt")
+backend = imagebackend.Backend(conf)
+def fetch(target):
+    with open(target, "r+b") as file:
+        file.write(b"data" * 16384)
+        file.truncate(1 << 30)
+def make(number, size):
+    image = backend.image(f"instance{{number}}", "disk")
+    image.cache(fetch, "template", size)
+    return image
+make("-first", 1 << 30)  # the template, and everything that is loaded once
+"""
+
+
+def counted(folder: Path, script: str, image_type: str = "qcow2", more: str = "") -> Counts:
+    return count(script, setup=SETUP.format(folder=str(folder), image_type=image_type) + more)
+
+
+@pytest.mark.parametrize("size", [GIB, 64 << 40])
+@pytest.mark.parametrize("others", [0, 1000])
+def test_a_warm_qcow2_disk_costs_the_same_whatever_its_size_and_however_many_there_are(
+    ext4_folder: Path, size: int, others: int
+) -> None:
+    more = f"""
+conf.set_override("durable_writes", False)
+for number in range(1, {others + 1}):
+    make(number, {GIB})
+conf.clear_override("durable_writes")
+"""
+    counts = counted(ext4_folder, f"make(0, {size})", more=more)
+
+    assert (counts.processes, counts.threads, counts.execs) == (0, 0, 0)
+    assert counts.syncs == 3  # the disk, its record, their folder
+    assert counts.blocked_locks == 0
+    assert counts.total == 47
+    assert counts.bytes_written < 1024
+
+
+def test_another_disk_of_the_same_instance_costs_no_more_than_reading_the_record(ext4_folder: Path) -> None:
+    counts = counted(
+        ext4_folder,
+        f'backend.image("instance0", "disk.local").cache(fetch, "template", {GIB})',
+        more=f"make(0, {GIB})\n",
+    )
+
+    assert (counts.processes, counts.threads, counts.syncs) == (0, 0, 3)
+    assert counts.total <= 50
+
+
+def test_without_durable_writes_nothing_is_synced(ext4_folder: Path) -> None:
+    counts = counted(ext4_folder, f"make(0, {GIB})", more='conf.set_override("durable_writes", False)\n')
+
+    assert counts.syncs == 0
+
+
+@pytest.mark.parametrize("image_type", ["qcow2", "raw"])
+def test_a_disk_that_exists_costs_two_looks(ext4_folder: Path, image_type: str) -> None:
+    counts = counted(ext4_folder, f"make(0, {GIB})", image_type, more=f"make(0, {GIB})\n")
+
+    assert (counts.processes, counts.threads, counts.syncs, counts.bytes_written) == (0, 0, 0, 0)
+    assert counts.total <= 2
+
+
+def test_a_raw_disk_on_a_reflink_file_system_moves_no_data(xfs_folder: Path) -> None:
+    counts = counted(xfs_folder, f"make(0, {2 * GIB})", "raw")
+
+    assert (counts.processes, counts.threads, counts.execs) == (0, 0, 0)
+    assert counts.syncs == 3
+    assert counts.bytes_written < 1024
+    assert counts.total <= 60
+
+
+def test_a_raw_disk_elsewhere_writes_the_data_and_not_the_holes(ext4_folder: Path) -> None:
+    counts = counted(ext4_folder, f"make(0, {2 * GIB})", "raw")
+
+    assert (counts.processes, counts.threads, counts.execs) == (0, 0, 0)
+    assert 65536 <= counts.bytes_written < 65536 + 8192
+
+
+@pytest.mark.parametrize("image_type", ["qcow2", "raw"])
+def test_describing_a_disk_to_libvirt_starts_nothing(ext4_folder: Path, image_type: str) -> None:
+    script = 'image.libvirt_info("virtio", "vda", "disk", "none", {}).to_xml()'
+    counts = counted(ext4_folder, script, image_type, more=f"image = make(0, {GIB})\n{script}\n")
+
+    assert (counts.processes, counts.threads, counts.syncs, counts.bytes_written) == (0, 0, 0, 0)
+    assert counts.total <= 10
+
+
+@pytest.mark.parametrize("threads", [8, 32])
+def test_disks_made_side_by_side_never_wait_for_each_other(ext4_folder: Path, threads: int) -> None:
+    script = f"""
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor({threads}) as pool:
+    list(pool.map(lambda number: make(number, {GIB}), range(64)))
+"""
+    counts = counted(ext4_folder, script)
+
+    assert counts.blocked_locks == 0
+    assert counts.processes == 0
+    assert counts.syncs == 64 * 3
