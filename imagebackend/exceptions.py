@@ -43,7 +43,6 @@ Errors carry their facts as attributes, so that callers need not read the text. 
 
 from __future__ import annotations
 
-import copyreg
 import errno
 from collections.abc import Sequence
 from typing import Any
@@ -92,7 +91,7 @@ class ImageBackendError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own way calls the constructor with the text alone, and most here take something else.
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
+        return _made_again, (type(self), self.args), self.__dict__
 
 
 class InvalidConfiguration(ImageBackendError):
@@ -422,6 +421,10 @@ def storage_error(error: OSError, path: str) -> ImageBackendError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return PermissionDenied(name, error.errno)
     return StorageError(name, error.strerror or str(error), error.errno)
+
+
+def _made_again(kind: type[ImageBackendError], arguments: tuple[object, ...]) -> ImageBackendError:
+    return kind.__new__(kind, *arguments)
 
 
 def _shown(value: object) -> str:
