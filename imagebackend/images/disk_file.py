@@ -19,7 +19,7 @@ from imagebackend.images import disk_info
 from imagebackend.storage import image_lock, publish, qemu_img
 from imagebackend.templates.leases import Owner
 
-__all__ = ["DiskFile", "default_path", "for_disk"]
+__all__ = ["DiskFile", "default_path", "for_disk", "tool_options"]
 
 
 def default_path(conf: cfg.ConfigOpts, instance: str, disk_name: str) -> str:
@@ -35,6 +35,13 @@ def for_disk(conf: cfg.ConfigOpts, instance: object, disk_name: str) -> DiskFile
     """
     name = names.instance_id(instance)
     return DiskFile(conf, name, names.check_name("disk", disk_name), default_path(conf, name, disk_name))
+
+
+def tool_options(conf: cfg.ConfigOpts) -> dict[str, Any]:
+    """Return the deadline and limits for a tool that works on a whole disk, as keyword arguments."""
+    timeout = conf.libvirt.images_tool_timeout
+    limits = process.Limits(cpu_time=timeout, address_space=conf.libvirt.images_address_space_limit)
+    return {"timeout": timeout, "limits": limits}
 
 
 class DiskFile:
@@ -179,10 +186,8 @@ class DiskFile:
         publish.remove_file(self._intent)
 
     def tool_options(self) -> dict[str, Any]:
-        """Return the deadline and limits for a tool that works on the whole disk, as keyword arguments."""
-        timeout = self.conf.libvirt.images_tool_timeout
-        limits = process.Limits(cpu_time=timeout, address_space=self.conf.libvirt.images_address_space_limit)
-        return {"timeout": timeout, "limits": limits}
+        """Return what :func:`tool_options` does for this disk."""
+        return tool_options(self.conf)
 
     def remove_file(self) -> None:
         """Remove the disk itself and what killed makers left of it; :meth:`forget` follows."""

@@ -16,7 +16,17 @@ from imagebackend.images.disk_file import DiskFile
 from imagebackend.storage import publish, qcow2, qemu_img, reflink, sparse_copy
 from imagebackend.templates import inspection
 
-__all__ = ["check_filled", "copy", "extract", "import_file", "is_grown", "open_file", "resize_running", "virtual_size"]
+__all__ = [
+    "check_filled",
+    "copy",
+    "extract",
+    "extract_target",
+    "import_file",
+    "is_grown",
+    "open_file",
+    "resize_running",
+    "virtual_size",
+]
 
 _EXTRACT_FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
 
@@ -105,18 +115,28 @@ def copy(conf: cfg.ConfigOpts, source: int, target: int, *, share: bool, progres
         raise exceptions.Unsupported("[DEFAULT] reflink = always", "this file system does not share blocks")
 
 
+def extract_target(conf: cfg.ConfigOpts, target: str, out_format: str | None, disk_format: str) -> tuple[str, str]:
+    """Return path and format of a copy that is to be extracted.
+
+    :raises InvalidArgument: such a format is not written.
+    :raises StorageError: there is no such folder.
+    """
+    out_format = out_format or conf.libvirt.snapshot_image_format or disk_format
+    if out_format not in _EXTRACT_FORMATS:
+        raise exceptions.InvalidArgument(f"format {out_format!r}: one of {', '.join(_EXTRACT_FORMATS)} is needed")
+    target = os.path.abspath(target)
+    if not os.path.isdir(os.path.dirname(target)):
+        raise exceptions.StorageError(os.path.dirname(target), "no such folder; make it first")
+    return target, out_format
+
+
 def extract(disk: DiskFile, disk_format: str, target: str, out_format: str | None, progress: Progress | None) -> None:
     """Write a standalone copy of a disk, which the caller has locked, to ``target``.
 
     :raises InvalidArgument: such a format is not written.
     :raises DiskInUse: a guest holds the disk.
     """
-    out_format = out_format or disk.conf.libvirt.snapshot_image_format or disk_format
-    if out_format not in _EXTRACT_FORMATS:
-        raise exceptions.InvalidArgument(f"format {out_format!r}: one of {', '.join(_EXTRACT_FORMATS)} is needed")
-    target = os.path.abspath(target)
-    if not os.path.isdir(os.path.dirname(target)):
-        raise exceptions.StorageError(os.path.dirname(target), "no such folder; make it first")
+    target, out_format = extract_target(disk.conf, target, out_format, disk_format)
     disk.refuse_in_use()
     compress = out_format == "qcow2" and disk.conf.libvirt.snapshot_compression
     with publish.new_file(target, durable=disk.conf.durable_writes) as (descriptor, partial):
