@@ -67,11 +67,16 @@ bluestore_block_create = true
 bluestore_block_size = 10737418240
 ms_bind_port_min = {osd_ports[0]}
 ms_bind_port_max = {osd_ports[1]}
+
+[mgr]
+mgr_data = {folder}/data.$name
+mgr_stats_period = 1
 """
 
 _CAPABILITIES = {
     "mon.": {"mon": "allow *"},
     "client.admin": {"mon": "allow *", "osd": "allow *", "mgr": "allow *"},
+    "mgr.x": {"mon": "allow profile mgr", "osd": "allow *", "mds": "allow *"},
     "osd.0": {"mon": "allow profile osd", "osd": "allow *", "mgr": "allow profile osd"},
 }
 
@@ -180,6 +185,16 @@ class Cluster:
         self._start("osd.0")
         deadline.wait_for(self._osd_up_since, seconds=_START_TIMEOUT, what="OSD")
 
+    def start_manager(self) -> None:
+        """Start a manager, without which nobody counts what is used, and no quota is enforced; it takes seconds."""
+        self._start("mgr.x")
+
+        def is_available() -> bool:
+            self._check_daemons()
+            return bool(self.command("mgr stat").get("available"))
+
+        deadline.wait_for(is_available, seconds=_START_TIMEOUT, what="manager")
+
     def end(self) -> None:
         """End the daemons."""
         for name in list(self._daemons):
@@ -201,9 +216,9 @@ class Cluster:
         keys = {name: _new_key() for name in _CAPABILITIES}
         # A new monitor takes over everyone whom its keyring names.
         _write_keyring(self.folder / "ceph.mon.a.keyring", keys)
-        for name in ("client.admin", "osd.0"):
+        for name in ("client.admin", "mgr.x", "osd.0"):
             _write_keyring(self.folder / f"ceph.{name}.keyring", {name: keys[name]})
-        for name in ("mon.a", "osd.0"):
+        for name in ("mon.a", "mgr.x", "osd.0"):
             (self.folder / f"data.{name}").mkdir()
 
     def _tool(self, program: str, *arguments: str | Path) -> None:
@@ -231,13 +246,16 @@ class Cluster:
         process.wait()
 
     def _osd_up_since(self) -> int:
-        """Return the epoch of the map since which the OSD is up, or 0; but fail if its process has ended."""
+        """Return the epoch of the map since which the OSD is up, or 0."""
+        self._check_daemons()
+        osds = self.command("osd dump")["osds"]
+        return int(osds[0]["up_from"]) if osds and osds[0]["up"] else 0
+
+    def _check_daemons(self) -> None:
         for name, process in self._daemons.items():
             if process.poll() is not None:
                 said = (self.folder / f"{name}.log").read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"{name} ended; it said:\n{said}")
-        osds = self.command("osd dump")["osds"]
-        return int(osds[0]["up_from"]) if osds and osds[0]["up"] else 0
 
 
 @contextlib.contextmanager
