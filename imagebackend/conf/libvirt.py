@@ -169,12 +169,12 @@ default they are removed at once.
         "rbd_secret_uuid",
         help="The UUID of libvirt's secret that holds the key of rbd_user.",
     ),
-    cfg.FloatOpt(
+    cfg.IntOpt(
         "rbd_connect_timeout",
         default=5,
         help="For how many seconds to try to connect to the cluster. 0 or below: as ceph.conf says.",
     ),
-    cfg.FloatOpt(
+    cfg.IntOpt(
         "rbd_operation_timeout",
         default=60,
         min=0,

@@ -7,7 +7,7 @@ import abc
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -95,6 +95,22 @@ class Image(abc.ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.instance!r}, {self.disk_name!r}, path={self.path!r})"
+
+    @classmethod
+    def names_of_path(cls, path: str) -> tuple[str, str]:
+        """Return the instance and the disk name that a libvirt path of this backend ends in.
+
+        :raises InvalidName: the path is not absolute, or does not end in names.
+        """
+        if not os.path.isabs(path) or os.path.normpath(path) != path:
+            raise exceptions.InvalidName("disk", path, "an absolute path without '.', '..' and '//' is needed")
+        folder, disk_name = os.path.split(path)
+        return os.path.basename(folder), disk_name
+
+    @classmethod
+    def stored(cls, conf: cfg.ConfigOpts) -> Iterable[tuple[str, str]]:
+        """Return instance and name of every disk that is in a store of this backend's own; none for files."""
+        return ()
 
     # What every backend has to do itself.
 

@@ -50,8 +50,8 @@ class Settings:
 
     conf_file: str
     user: str | None
-    connect_timeout: float
-    operation_timeout: float
+    connect_timeout: int
+    operation_timeout: int
     clone_format: str
 
 
@@ -185,7 +185,7 @@ class Pool:
         :raises DiskExists: there is an image ``clone``.
         """
         with self.errors(clone):
-            source = parent._context()  # noqa: SLF001 - of this class
+            source = parent._context()
             _rbd().RBD().clone(source, image, snapshot, self._context(), clone, **_options(layout))
 
     def rename(self, image: str, name: str) -> None:
@@ -327,7 +327,7 @@ def _connect(settings: Settings) -> Any:
         reason = f"{settings.conf_file or '/etc/ceph/ceph.conf'} cannot be read: {error}"
         raise exceptions.InvalidConfiguration("[libvirt] images_rbd_ceph_conf", reason) from error
     try:
-        connection.connect(timeout=settings.connect_timeout if settings.connect_timeout > 0 else 0)
+        connection.connect(timeout=max(0, settings.connect_timeout))
     except rados.ObjectNotFound as error:
         reason = f"no key of client.{settings.user or 'admin'} is in the keyrings that ceph.conf names"
         raise exceptions.InvalidConfiguration("[libvirt] rbd_user", reason) from error

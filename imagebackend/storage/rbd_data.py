@@ -60,7 +60,12 @@ def read_into(image: Any, target: int, *, progress: Progress | None = None) -> N
     _tell(progress, 0, size)
     os.ftruncate(target, size)
     found: list[tuple[int, int]] = []
-    image.diff_iterate(0, size, None, lambda start, length, exists: exists and found.append((start, start + length)))
+
+    def note(start: int, length: int, exists: bool) -> None:
+        if exists:
+            found.append((start, start + length))
+
+    image.diff_iterate(0, size, None, note)
     with _in_flight() as pieces:
         arrived: dict[int, bytes] = {}
         for start, length in _pieces(found):

@@ -1,0 +1,560 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks in a Ceph cluster, cloned from templates that live there."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from oslo_config import cfg
+
+from imagebackend import exceptions, faults, names
+from imagebackend.images import disk_file, rbd_disk, rbd_location, transfer
+from imagebackend.images.base import Capabilities, Image, Progress, Snapshot
+from imagebackend.images.model import RBDImage
+from imagebackend.images.rbd_template import RbdTemplate, RbdTemplates
+from imagebackend.storage import ceph, publish, qemu_img, rbd_data
+from imagebackend.templates import inspection
+from imagebackend.templates.cache import FetchFunction
+from imagebackend.templates.leases import Owner
+
+if TYPE_CHECKING:
+    from imagebackend.guest import LibvirtConfigGuestDisk
+
+__all__ = ["Rbd", "Usage"]
+
+LOG = logging.getLogger(__name__)
+
+#: The snapshot of an image that an image service refers to: Glance's name for it.
+_SERVICE_SNAPSHOT = "snap"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a disk takes.
+
+    :ivar provisioned: its virtual size in bytes.
+    :ivar used: the bytes of storage that its own data take, to whole objects.
+    """
+
+    provisioned: int
+    used: int
+
+
+class Rbd(Image):
+    """A disk in a Ceph pool: a clone of its template, which is in the pool too."""
+
+    source_type: ClassVar[str] = "network"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        pool, namespace, name = rbd_location.parse_path(self.path)
+        self.pool = ceph.Pool(_settings(self.conf), pool, namespace)
+        self._layout = _layout(self.conf)
+        self._disk = self._disk_called(self.instance, self.disk_name, name)
+        self._store = RbdTemplates(self.conf, self.pool, self._layout)
+
+    def _default_path(self) -> str:
+        name = rbd_location.image_name(self.instance, self.disk_name)
+        return rbd_location.format_path(_pool(self.conf), name)
+
+    @classmethod
+    def names_of_path(cls, path: str) -> tuple[str, str]:
+        found = rbd_location.disk_names(rbd_location.parse_path(path)[2])
+        assert found is not None
+        return found
+
+    @classmethod
+    def stored(cls, conf: cfg.ConfigOpts) -> Iterator[tuple[str, str]]:
+        for image in _pool(conf).images():
+            found = rbd_location.disk_names(image)
+            if found is not None:
+                yield found
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(snapshots=True, clone=True, flatten=True, direct_snapshot=True, resize_running=True)
+
+    def exists(self) -> bool:
+        return self._disk.exists()
+
+    def create_image(
+        self, prepare_template: FetchFunction, base: str, size: int | None, *args: Any, **kwargs: Any
+    ) -> None:
+        name = self.templates.name_of(base)
+        if size is not None:
+            names.check_size(size)
+        with self._disk.lock():
+            self._disk.settle()
+            if self._disk.exists():
+                return
+            template = None if name in self.templates.names() else self._store.find(name)
+            if template is not None:
+                # Another host fetched and imported it.
+                self._clone_stored(template, size)
+            else:
+                self._clone_cached(prepare_template, name, size, *args, **kwargs)
+        LOG.info("disk %s made from template %s", self.path, name)
+
+    def create_from_func(self, func: Callable[[str], object], size: int) -> None:
+        names.check_size(size)
+        with self._disk.lock():
+            self._disk.settle()
+            if self._disk.exists():
+                return
+            with self._scratch(self._disk.name, size) as (descriptor, path):
+                func(path)
+                transfer.check_filled(path, size)
+                self._fill(self._disk, descriptor)
+        LOG.info("disk %s made: %d bytes", self.path, size)
+
+    def resize_image(self, size: int, domain: Any = None) -> None:
+        names.check_size(size)
+        with self._disk.lock():
+            self._settle()
+            current = self.get_disk_size(self.path)
+            if transfer.is_grown(self.path, current, size):
+                return
+            if domain is not None and domain.isActive():
+                transfer.resize_running(domain, self._target_device(domain), size)
+            else:
+                self._disk.refuse_in_use()
+                with self.pool.open(self._disk.name) as image:
+                    image.resize(size)
+                faults.point("disk.resize.changed")
+        LOG.info("disk %s grown from %d to %d bytes", self.path, current, size)
+
+    def get_disk_size(self, name: str) -> int:
+        with self.pool.open(self._disk.name, read_only=True) as image:
+            size: int = image.size()
+            return size
+
+    def create_snap(self, name: str) -> None:
+        names.check_name("snapshot", name)
+        with self._disk.lock():
+            self._settle()
+            self._disk.refuse_in_use()
+            self._create_snapshot(name)
+
+    def remove_snap(self, name: str, ignore_errors: bool = False) -> None:
+        names.check_name("snapshot", name)
+        try:
+            with self._disk.lock():
+                self._settle()
+                self._remove_snapshot(self.pool, self._disk.name, name)
+        except exceptions.ImageBackendError as error:
+            if not ignore_errors:
+                raise
+            LOG.warning("snapshot %s of %s may still be there: %s", name, self.path, error)
+
+    def rollback_to_snap(self, name: str) -> None:
+        names.check_name("snapshot", name)
+        with self._disk.lock():
+            self._settle()
+            if name not in [snapshot.name for snapshot in self.list_snaps()]:
+                raise exceptions.SnapshotNotFound(name, f"disk {self.path} has no such snapshot")
+            self._disk.refuse_in_use()
+            self._disk.roll_back(name)
+        LOG.info("disk %s rolled back to snapshot %s", self.path, name)
+
+    def list_snaps(self) -> list[Snapshot]:
+        with self.pool.open(self._disk.name, read_only=True) as image:
+            found = []
+            for each in sorted(image.list_snaps(), key=lambda snapshot: snapshot["id"]):
+                created = image.get_snap_timestamp(each["id"]).replace(tzinfo=datetime.UTC)
+                found.append(Snapshot(each["name"], created.isoformat(timespec="seconds"), each["size"]))
+            return found
+
+    def flatten(self, *, progress: Progress | None = None) -> None:
+        with self._disk.lock():
+            self._settle()
+            parent = rbd_disk.parent_of(self.pool, self._disk.name)
+            if parent is not None:
+                with self.pool.open(self._disk.name) as image:
+                    image.flatten(on_progress=_reporting(progress))
+                faults.point("disk.flatten.changed")
+                rbd_disk.bury_zombie(self.pool, *parent)
+            self.templates.release_all(self._disk.owner)
+        LOG.info("disk %s holds all its data itself", self.path)
+
+    def snapshot_extract(
+        self, target: str, out_format: str | None = None, *, progress: Progress | None = None
+    ) -> None:
+        target, out_format = transfer.extract_target(self.conf, target, out_format, "raw")
+        with self._disk.lock():
+            self._settle()
+            self._disk.refuse_in_use()
+            with publish.new_file(target, durable=self.conf.durable_writes) as (descriptor, partial):
+                if out_format == "raw":
+                    self._read(descriptor, progress)
+                    return
+                with self._scratch(self._disk.name) as (scratch, path):
+                    self._read(scratch, progress)
+                    compress = out_format == "qcow2" and self.conf.libvirt.snapshot_compression
+                    limits = disk_file.tool_options(self.conf)
+                    qemu_img.convert(path, "raw", partial, out_format, compress=compress, progress=progress, **limits)
+                    qemu_img.compare(path, "raw", partial, out_format, **limits)
+
+    def import_file(self, instance: Any, local_file: str, remote_name: str) -> None:
+        local_file = os.path.abspath(local_file)
+        owner = names.instance_id(instance)
+        disk = self._disk_called(owner, names.check_name("disk", remote_name))
+        with disk.lock(), transfer.open_file(local_file) as source:
+            disk.settle()
+            if disk.exists():
+                disk.refuse_in_use()
+            verdict = inspection.inspect(source, local_file)
+            if verdict.format == "raw":
+                self._fill(disk, source)
+            else:
+                with self._scratch(disk.name) as (scratch, path):
+                    limits = disk_file.tool_options(self.conf)
+                    qemu_img.convert(local_file, verdict.format, path, "raw", **limits)
+                    qemu_img.compare(local_file, verdict.format, path, "raw", **limits)
+                    self._fill(disk, scratch)
+            self.templates.release_all(disk.owner)
+
+    def clone(self, context: Any, image_id_or_uri: str | Sequence[str]) -> None:
+        """Make the disk from a snapshot of an image in the same cluster; do nothing if the disk exists.
+
+        :param context: ignored.
+        :param image_id_or_uri: ``rbd://fsid/pool/image/snapshot``, or several, of which the first that can be cloned
+            is.
+        :raises ImageUnacceptable: none of them can; says why for each.
+        """
+        locations = [image_id_or_uri] if isinstance(image_id_or_uri, str) else list(image_id_or_uri)
+        reasons = []
+        with self._disk.lock():
+            self._disk.settle()
+            if self._disk.exists():
+                return
+            for url in locations:
+                try:
+                    self._clone_location(rbd_location.parse_url(url))
+                except (exceptions.ImageUnacceptable, exceptions.NotFound, exceptions.StorageError) as error:
+                    reasons.append(str(error))
+                else:
+                    LOG.info("disk %s cloned from %s", self.path, url)
+                    return
+        raise exceptions.ImageUnacceptable(", ".join(locations), "; ".join(reasons) or "no location was given")
+
+    def direct_snapshot(
+        self, context: Any, snapshot_name: str, image_format: str, image_id: str, base_image_id: str
+    ) -> str:
+        """Make a copy of the disk in the pool that its template or base image is in, and return its URL.
+
+        The disk may be in use: what is copied is what a power cut would have left.
+
+        :param context: ignored.
+        :param snapshot_name: of the disk, as long as this takes.
+        :param image_format: raw.
+        :param image_id: the name that the copy gets.
+        :param base_image_id: ignored: the disk knows its parent.
+        :raises Unsupported: another format.
+        :raises DiskExists: there is an image of that name.
+        """
+        names.check_name("snapshot", snapshot_name)
+        names.check_name("image", image_id)
+        if image_format != "raw":
+            raise exceptions.Unsupported(f"a direct snapshot in {image_format}", "images in a Ceph pool are raw")
+        with self._disk.lock(), contextlib.ExitStack() as undo:
+            self._settle()
+            parent = rbd_disk.parent_of(self.pool, self._disk.name)
+            target = ceph.Pool(self.pool.settings, *parent[:2]) if parent is not None else self.pool
+            partial = f"partial:{image_id}"
+            if target.image_id(image_id) is not None:
+                raise exceptions.DiskExists(target.spec(image_id))
+            rbd_disk.bury(target, partial)
+            with contextlib.suppress(exceptions.SnapshotNotFound):
+                self._remove_snapshot(self.pool, self._disk.name, snapshot_name)
+            self._create_snapshot(snapshot_name, protect=True)
+            undo.callback(self._remove_snapshot, self.pool, self._disk.name, snapshot_name)
+            faults.point("disk.direct_snapshot.snapshot")
+            with contextlib.ExitStack() as discard:
+                discard.callback(rbd_disk.bury, target, partial)
+                target.clone(self.pool, self._disk.name, snapshot_name, partial, self._layout)
+                with target.open(partial) as image:
+                    image.flatten()
+                    image.create_snap(_SERVICE_SNAPSHOT)
+                    image.protect_snap(_SERVICE_SNAPSHOT)
+                faults.point("disk.direct_snapshot.copied")
+                target.rename(partial, image_id)
+                discard.pop_all()
+            location = rbd_location.Location(target.fsid(), target.name, image_id, _SERVICE_SNAPSHOT)
+        LOG.info("disk %s copied to %s", self.path, location)
+        return str(location)
+
+    def cleanup_direct_snapshot(
+        self, location: str | None, also_destroy_volume: bool = False, ignore_errors: bool = False
+    ) -> None:
+        """Remove the snapshot that an image service refers to, and the image with it if asked.
+
+        :param location: what :meth:`direct_snapshot` returned; None: nothing is done.
+        :param also_destroy_volume: remove the image too.
+        :param ignore_errors: only log what goes wrong.
+        """
+        if location is None:
+            return
+        try:
+            found = rbd_location.parse_url(location)
+            pool = ceph.Pool(self.pool.settings, found.pool)
+            if also_destroy_volume:
+                rbd_disk.bury(pool, found.image)
+            else:
+                self._remove_snapshot(pool, found.image, found.snapshot)
+        except exceptions.ImageBackendError as error:
+            if not ignore_errors:
+                raise
+            LOG.warning("%s may still be there: %s", location, error)
+
+    def get_model(self, connection: Any) -> RBDImage:
+        user, secret = self._auth()
+        password = None
+        if secret is not None and connection is not None:
+            password = base64.b64encode(connection.secretLookupByUUIDString(secret).value()).decode()
+        servers = tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.pool.monitors())
+        name = f"{self.pool.namespace}/{self._disk.name}" if self.pool.namespace else self._disk.name
+        return RBDImage(name, self.pool.name, user, password, servers)
+
+    def resolve_driver_format(self) -> str:
+        return "raw"
+
+    def remove(self) -> None:
+        with self._disk.lock():
+            self._disk.remove()
+            publish.remove_file(self._scratch_path(self._disk.name))
+            self.templates.release_all(self._disk.owner)
+
+    def usage(self) -> Usage:
+        """Return what the disk takes; quick with the image features object-map and fast-diff.
+
+        :raises DiskNotFound: there is no such disk.
+        """
+        with self.pool.open(self._disk.name, read_only=True) as image:
+            return Usage(image.size(), rbd_data.allocated(image))
+
+    @staticmethod
+    def is_shared_block_storage() -> bool:
+        return True
+
+    def _describe_source(self, disk: LibvirtConfigGuestDisk) -> None:
+        user, secret = self._auth()
+        if not self._disk.is_settled():
+            with self._disk.lock():
+                self._disk.settle()
+        self._disk.require()
+        disk.source_protocol = "rbd"
+        disk.source_name = self._disk.spec
+        disk.driver_format = "raw"
+        for host, port in self.pool.monitors():
+            disk.source_hosts.append(host)
+            disk.source_ports.append(port)
+        disk.source_config_file = self.pool.settings.conf_file or None
+        if user is not None:
+            disk.auth_username = user
+            disk.auth_secret_type = "ceph"  # noqa: S105 - not a password but a kind of secret
+            disk.auth_secret_uuid = secret
+
+    def _is_ready(self) -> bool:
+        return self._disk.exists() and self._disk.is_settled()
+
+    def _settle(self) -> None:
+        """Finish, or undo, a change that was cut short; the caller holds the lock."""
+        self._disk.settle()
+        self._disk.require()
+
+    def _auth(self) -> tuple[str | None, str | None]:
+        user, secret = self.conf.libvirt.rbd_user, self.conf.libvirt.rbd_secret_uuid
+        if user and not secret:
+            raise exceptions.InvalidConfiguration(
+                "[libvirt] rbd_secret_uuid",
+                f"guests need it for rbd_user {user!r}: define a secret of libvirt with its key",
+            )
+        return user or None, secret or None
+
+    def _disk_called(self, instance: str, disk_name: str, name: str | None = None) -> rbd_disk.RbdDisk:
+        name = name or rbd_location.image_name(instance, disk_name)
+        owner = Owner(instance, disk_name, self.conf.host, rbd_location.format_path(self.pool, name))
+        return rbd_disk.RbdDisk(self.conf, self.pool, name, owner)
+
+    def _clone_cached(
+        self, prepare_template: FetchFunction, name: str, size: int | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Make the disk from a template of the cache, which is fetched if it is absent, and imported if need be."""
+        if not self.conf.force_raw_images:
+            raise exceptions.InvalidConfiguration(
+                "[DEFAULT] force_raw_images", "disks in Ceph are raw, and so must be their templates; set it to true"
+            )
+        with (
+            self.templates.use(name, prepare_template, *args, size=size, **kwargs) as template,
+            contextlib.ExitStack() as undo,
+        ):
+            self.verify_base_size(template.path, size, template.virtual_size)
+            self.templates.lease(name, self._disk.owner)
+            undo.callback(self._release_quietly, name)
+            faults.point("disk.create.leased")
+            wanted = size or template.virtual_size
+            stored = RbdTemplate(name, template.virtual_size, template.sha256, template.source)
+            self._clone_template(stored, wanted, lambda: self._store.ensure(template, wanted, kwargs.get("progress")))
+            undo.pop_all()
+
+    def _clone_stored(self, template: RbdTemplate, size: int | None) -> None:
+        """Make the disk from a template of the pool."""
+        wanted = size or template.virtual_size
+        if wanted < template.virtual_size:
+            raise exceptions.DiskTooSmall(template.name, wanted, template.virtual_size, "the template's virtual size")
+        self._clone_template(template, wanted, lambda: self._store.add_size(template, wanted))
+
+    def _clone_template(self, template: RbdTemplate, size: int, prepare: Callable[[], object]) -> None:
+        """Clone the disk; only if that fails, ``prepare`` the template in the pool, and try again."""
+        snapshot = template.snapshot(size)
+        try:
+            self._disk.clone(self.pool, template.image, snapshot, self._layout)
+        except exceptions.DiskNotFound:
+            pass
+        except exceptions.StorageError as error:
+            if error.errno != errno.EINVAL:  # format 1, and its maker was killed before it protected the snapshot
+                raise
+        else:
+            return
+        prepare()
+        self._disk.clone(self.pool, template.image, snapshot, self._layout)
+
+    def _clone_location(self, location: rbd_location.Location) -> None:
+        if location.fsid != self.pool.fsid():
+            raise exceptions.ImageUnacceptable(str(location), "in another cluster")
+        parent = ceph.Pool(self.pool.settings, location.pool)
+        self._disk.clone(parent, location.image, location.snapshot, self._layout)
+        depth, limit = self._depth(), self.conf.libvirt.images_rbd_max_clone_depth
+        if depth > limit:
+            LOG.info("disk %s has %d parents, more than %d, and is flattened", self.path, depth, limit)
+            with self.pool.open(self._disk.name) as image:
+                image.flatten()
+
+    def _depth(self) -> int:
+        depth = 0
+        pool, name = self.pool, self._disk.name
+        while (parent := rbd_disk.parent_of(pool, name)) is not None:
+            pool, name = ceph.Pool(self.pool.settings, *parent[:2]), parent[2]
+            depth += 1
+        return depth
+
+    def _create_snapshot(self, name: str, *, protect: bool = False) -> None:
+        with self.pool.open(self._disk.name) as image:
+            try:
+                image.create_snap(name)
+            except _rbd().ImageExists as error:
+                raise exceptions.SnapshotExists(name, f"of disk {self.path}") from error
+            faults.point("disk.snapshot.changed")
+            if protect:
+                image.protect_snap(name)
+
+    def _remove_snapshot(self, pool: ceph.Pool, image_name: str, name: str) -> None:
+        with pool.open(image_name) as image:
+            try:
+                if image.is_protected_snap(name):
+                    image.unprotect_snap(name)
+                image.remove_snap(name)
+            except _rbd().ImageNotFound as error:
+                raise exceptions.SnapshotNotFound(
+                    name, f"image {pool.spec(image_name)} has no such snapshot"
+                ) from error
+            except _rbd().ImageBusy as error:
+                reason = f"snapshot {name} has clones; flatten or remove them first"
+                raise exceptions.DiskInUse(pool.spec(image_name), reason) from error
+            faults.point("disk.snapshot_remove.changed")
+
+    def _fill(self, disk: rbd_disk.RbdDisk, source: int) -> None:
+        size = -(-os.fstat(source).st_size // names.SECTOR) * names.SECTOR
+        with disk.fill(size, self._layout, {"format": "raw"}) as image:
+            rbd_data.write_from(source, image)
+
+    def _read(self, descriptor: int, progress: Progress | None) -> None:
+        with self.pool.open(self._disk.name, read_only=True) as image:
+            rbd_data.read_into(image, descriptor, progress=progress)
+
+    def _scratch_path(self, name: str) -> str:
+        return f"{self.templates.folder}/.{name}.scratch"
+
+    @contextlib.contextmanager
+    def _scratch(self, name: str, size: int = 0) -> Iterator[tuple[int, str]]:
+        """Give an empty file of ``size`` bytes, for content on its way into or out of the pool."""
+        path = self._scratch_path(name)
+        try:
+            descriptor = publish.create(path)
+            try:
+                os.ftruncate(descriptor, size)
+                yield descriptor, path
+            finally:
+                os.close(descriptor)
+                publish.remove_quietly(path)
+        except OSError as error:
+            raise exceptions.storage_error(error, path) from error
+
+    def _release_quietly(self, template: str) -> None:
+        # The error that led here matters more; the next attempt, or removing the disk, drops the lease.
+        with contextlib.suppress(exceptions.ImageBackendError):
+            self.templates.release(template, self._disk.owner)
+
+    def _target_device(self, domain: Any) -> str:
+        """Return the device that a running domain's guest sees the disk as: libvirt resizes network disks by that."""
+        from lxml import etree
+
+        for disk in etree.fromstring(domain.XMLDesc()).iterfind("devices/disk"):
+            source, target = disk.find("source"), disk.find("target")
+            if source is not None and target is not None and source.get("name") == self._disk.spec:
+                return str(target.get("dev"))
+        raise exceptions.DiskNotFound(self._disk.spec, "the domain has no such disk")
+
+
+def _settings(conf: cfg.ConfigOpts) -> ceph.Settings:
+    libvirt = conf.libvirt
+    return ceph.Settings(
+        libvirt.images_rbd_ceph_conf,
+        libvirt.rbd_user or None,
+        libvirt.rbd_connect_timeout,
+        libvirt.rbd_operation_timeout,
+        libvirt.images_rbd_clone_format,
+    )
+
+
+def _pool(conf: cfg.ConfigOpts) -> ceph.Pool:
+    pool = rbd_location.pool_name("[libvirt] images_rbd_pool", conf.libvirt.images_rbd_pool)
+    namespace: str = conf.libvirt.images_rbd_namespace
+    if namespace:
+        rbd_location.pool_name("[libvirt] images_rbd_namespace", namespace)
+    return ceph.Pool(_settings(conf), pool, namespace)
+
+
+def _layout(conf: cfg.ConfigOpts) -> ceph.Layout:
+    size = conf.libvirt.images_rbd_object_size
+    if size and (size & (size - 1) or size < 4096):
+        raise exceptions.InvalidConfiguration(
+            "[libvirt] images_rbd_object_size", f"{size} is not a power of two from 4096 on"
+        )
+    return ceph.Layout(tuple(conf.libvirt.images_rbd_features), size, conf.libvirt.images_rbd_data_pool)
+
+
+def _reporting(progress: Progress | None) -> Callable[[int, int], int] | None:
+    """Return librbd's form of a progress callback, which counts objects."""
+    if progress is None:
+        return None
+
+    def report(done: int, total: int) -> int:
+        progress(done, total)
+        return 0
+
+    return report
+
+
+def _rbd() -> Any:
+    import rbd
+
+    return rbd
