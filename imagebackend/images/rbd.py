@@ -73,7 +73,9 @@ class Rbd(Image):
 
     @classmethod
     def stored(cls, conf: cfg.ConfigOpts) -> Iterator[tuple[str, str]]:
-        for image in _pool(conf).images():
+        pool = _pool(conf)
+        # A disk that is just being replaced is there, though no image has its name.
+        for image in {*pool.images(), *pool.intents()}:
             found = rbd_location.disk_names(image)
             if found is not None:
                 yield found
@@ -109,7 +111,7 @@ class Rbd(Image):
             self._disk.settle()
             if self._disk.exists():
                 return
-            with self._scratch(self._disk.name, size) as (descriptor, path):
+            with self._scratch(self._disk.scratch, size) as (descriptor, path):
                 func(path)
                 transfer.check_filled(path, size)
                 self._fill(self._disk, descriptor)
@@ -195,7 +197,7 @@ class Rbd(Image):
                 if out_format == "raw":
                     self._read(descriptor, progress)
                     return
-                with self._scratch(self._disk.name) as (scratch, path):
+                with self._scratch(self._disk.scratch) as (scratch, path):
                     self._read(scratch, progress)
                     compress = out_format == "qcow2" and self.conf.libvirt.snapshot_compression
                     limits = disk_file.tool_options(self.conf)
@@ -214,7 +216,7 @@ class Rbd(Image):
             if verdict.format == "raw":
                 self._fill(disk, source)
             else:
-                with self._scratch(disk.name) as (scratch, path):
+                with self._scratch(disk.scratch) as (scratch, path):
                     limits = disk_file.tool_options(self.conf)
                     qemu_img.convert(local_file, verdict.format, path, "raw", **limits)
                     qemu_img.compare(local_file, verdict.format, path, "raw", **limits)
@@ -329,7 +331,6 @@ class Rbd(Image):
     def remove(self) -> None:
         with self._disk.lock():
             self._disk.remove()
-            publish.remove_file(self._scratch_path(self._disk.name))
             self.templates.release_all(self._disk.owner)
 
     def usage(self) -> Usage:
@@ -480,13 +481,10 @@ class Rbd(Image):
         with self.pool.open(self._disk.name, read_only=True) as image:
             rbd_data.read_into(image, descriptor, progress=progress)
 
-    def _scratch_path(self, name: str) -> str:
-        return f"{self.templates.folder}/.{name}.scratch"
-
+    @staticmethod
     @contextlib.contextmanager
-    def _scratch(self, name: str, size: int = 0) -> Iterator[tuple[int, str]]:
+    def _scratch(path: str, size: int = 0) -> Iterator[tuple[int, str]]:
         """Give an empty file of ``size`` bytes, for content on its way into or out of the pool."""
-        path = self._scratch_path(name)
         try:
             descriptor = publish.create(path)
             try:

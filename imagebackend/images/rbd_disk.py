@@ -18,7 +18,7 @@ from typing import Any
 from oslo_config import cfg
 
 from imagebackend import exceptions, faults, locks
-from imagebackend.storage import ceph
+from imagebackend.storage import ceph, publish
 from imagebackend.templates.leases import Owner
 
 __all__ = ["RECORD", "RbdDisk", "bury"]
@@ -48,6 +48,8 @@ class RbdDisk:
         self.spec = pool.spec(name)
         self._partial = f"partial:{name}"
         self._outgoing = f"outgoing:{name}"
+        #: Where content is put together, on this host, that then becomes the disk.
+        self.scratch = f"{os.path.abspath(conf.instances_path)}/{conf.image_cache.subdirectory_name}/.{name}.scratch"
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock under which the disk is made and changed, on the hosts that share ``instances_path``."""
@@ -63,8 +65,7 @@ class RbdDisk:
 
     def is_settled(self) -> bool:
         """Return whether no change of the disk was cut short, or is under way."""
-        operation: str | None = self._intent().get("operation")
-        return operation in (None, "fill")
+        return not self._intent()
 
     def require(self) -> None:
         """Make sure that the disk is there.
@@ -84,8 +85,10 @@ class RbdDisk:
                 self.pool.remove(self.name)
             case "fill":
                 self.pool.remove(self._partial)
+                publish.remove_file(self.scratch)
             case "replace":
                 self._replace()
+                publish.remove_file(self.scratch)
             case "rollback":
                 with self.pool.open(self.name) as image:
                     image.rollback_to_snap(intent["snapshot"])
@@ -171,6 +174,7 @@ class RbdDisk:
         :raises DiskInUse: it is, every time.
         """
         self.settle()
+        publish.remove_file(self.scratch)
         if not self.exists():
             return
         for left in range(self.conf.libvirt.rbd_destroy_volume_retries, -1, -1):

@@ -11,6 +11,8 @@ Sources: https://docs.ceph.com/en/latest/rados/api/python/ and https://docs.ceph
 
 from __future__ import annotations
 
+import atexit
+import concurrent.futures
 import contextlib
 import errno
 import json
@@ -318,6 +320,9 @@ def _connect(settings: Settings) -> Any:
     rados = _rados()
     timeout = settings.operation_timeout
     options = {"rados_mon_op_timeout": str(timeout), "rados_osd_op_timeout": str(timeout)}
+    if settings.connect_timeout > 0:
+        # The binding's connect() ignores its argument of that name.
+        options["client_mount_timeout"] = str(settings.connect_timeout)
     if settings.clone_format != "auto":
         options["rbd_default_clone_format"] = settings.clone_format
     where = settings.conf_file or rados.Rados.DEFAULT_CONF_FILES
@@ -327,7 +332,10 @@ def _connect(settings: Settings) -> Any:
         reason = f"{settings.conf_file or '/etc/ceph/ceph.conf'} cannot be read: {error}"
         raise exceptions.InvalidConfiguration("[libvirt] images_rbd_ceph_conf", reason) from error
     try:
-        connection.connect(timeout=max(0, settings.connect_timeout))
+        # A client's address in the cluster is a random number, of a generator that each thread seeds by itself:
+        # processes that are forked from one would all draw the same, and be cut off together with one of them.
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+            thread.submit(connection.connect).result()
     except rados.ObjectNotFound as error:
         reason = f"no key of client.{settings.user or 'admin'} is in the keyrings that ceph.conf names"
         raise exceptions.InvalidConfiguration("[libvirt] rbd_user", reason) from error
@@ -406,4 +414,14 @@ def _abandon() -> None:
     _lock, _clusters = threading.Lock(), {}
 
 
+def _disconnect() -> None:
+    """Take the connections down while Python can still answer their threads."""
+    for cluster in list(_clusters.values()):
+        for context in cluster.contexts.values():
+            context.close()
+        cluster.rados.shutdown()
+    _clusters.clear()
+
+
 os.register_at_fork(after_in_child=_abandon)
+atexit.register(_disconnect)
