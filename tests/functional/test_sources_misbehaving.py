@@ -6,7 +6,6 @@ from __future__ import annotations
 import email.utils
 import hashlib
 import logging
-import os
 import random
 import socket
 import threading
@@ -592,21 +591,3 @@ def test_no_secret_is_shown(client: Client, caplog: pytest.LogCaptureFixture) ->
     assert "attempt 2 of 4" in caplog.text
     assert "topsecret" not in caplog.text + str(caught.value) + repr(caught.value) + caught.value.source
     assert caught.value.source == f"{server.url}/a"
-
-
-def test_full_file_system(client: Client) -> None:
-    """/dev/full stands for it where a file is not asked for; here a limit on the file's size does."""
-    import resource
-    import signal
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        with web.misbehaving_server(whole()) as server, pytest.raises(exceptions.InsufficientSpace) as caught:
-            client.fetch(server.url)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert caught.value.path == os.fspath(client.target)
-    assert len(server.requests) == 1
