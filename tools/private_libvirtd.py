@@ -43,12 +43,14 @@ auth_unix_rw = "none"
 host_uuid = "{host_uuid}"
 """
 
-# Disks keep the owner that they have: what the guests run as need not be let in.
+# Disks keep the owner that they have: what the guests run as need not be let in. No /dev of each guest's own: in a
+# chroot libvirt leaves it empty, and a QEMU that finds no /dev/null there gives up locking its disks.
 _QEMU_CONF = """\
 user = "root"
 group = "root"
 dynamic_ownership = 0
 remember_owner = 0
+namespaces = []
 security_driver = "none"
 stdio_handler = "file"
 """
