@@ -24,7 +24,7 @@ _SNAPSHOT_SIZES = struct.Struct(">QQ")
 _MAX_SNAPSHOT_EXTRA = 1024
 _MAX_SNAPSHOT_TABLE = 16 << 20
 
-#: The L2 tables of 2 TiB in clusters of 64 KiB; above, one image would keep the reader busy for a minute.
+#: The L2 tables of 2 TiB in clusters of 64 KiB; above, one image would keep the reader busy for long.
 _MAX_L2_SIZE = 256 << 20
 _PIECE = 1 << 20
 #: The block in which file systems allocate.

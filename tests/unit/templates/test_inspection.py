@@ -178,6 +178,17 @@ def test_good_descriptor(old: bytes, new: bytes, scratch: int) -> None:
     assert check(filled(scratch, b"x"), DESCRIPTOR.replace(old, new)) in vmdk_descriptor.CREATE_TYPES
 
 
+def test_descriptor_whose_cid_became_shorter(scratch: int) -> None:
+    subject = filled(scratch, b"x")
+    longer, shorter = DESCRIPTOR, DESCRIPTOR.replace(b"CID=fffffffe", b"CID=fe")
+    left_behind = shorter + b"\x00" + longer[len(shorter) + 1 :]
+    assert left_behind != shorter + b"\x00"
+    assert check(subject, left_behind) == "monolithicSparse"
+    for tail in (b'9"\n', b"x", DESCRIPTOR[-8:]):
+        with pytest.raises(exceptions.ImageUnacceptable, match="goes on after its end"):
+            check(subject, DESCRIPTOR + b"\x00" + tail)
+
+
 def test_line_that_would_be_slow_to_match(scratch: int) -> None:
     with pytest.raises(exceptions.ImageUnacceptable, match="a line of 60004 characters"):
         check(filled(scratch, b"x"), DESCRIPTOR + b"a=" + b" " * 60_000 + b'"x\n')
