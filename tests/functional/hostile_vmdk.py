@@ -134,7 +134,7 @@ HOSTILE_VMDK: dict[str, tuple[str, Build]] = {
     "type-none": ("exactly one createtype", edited(b'createType="monolithicSparse"\n', b"")),
     "type-wrong": ("but its flags are", edited(b"monolithicSparse", b"streamOptimized")),
     "line-unknown": ("line that is not allowed: 'include", with_line(b"include /etc/passwd")),
-    "not-ascii": ("not ASCII", with_line(b"# \xff\xfe")),
+    "not-ascii": ("line that is not allowed", with_line(b"parent\xff = 1")),
     "version": ("damaged VMDK header, version 4", changed(4, "<I", 4)),
     "line-ends": ("damaged VMDK header", then(SPARSE, put(LINE_ENDS, b"\n\n\n\n"))),
     "capacity-of-nothing": ("virtual size of 0", changed(CAPACITY, "<Q", 0)),

@@ -42,13 +42,10 @@ def check_descriptor(subject: Subject, content: bytes, capacity: int) -> str:
     remnant = rest.rstrip(b"\x00")
     if len(remnant) > _MAX_REMNANT or not text.endswith(remnant):
         raise subject.refusal("its VMDK descriptor goes on after its end")
-    try:
-        lines = text.decode("ascii").replace("\r\n", "\n").split("\n")
-    except UnicodeDecodeError:
-        # Only comments and names may hold such bytes, and neither does in what tools write.
-        raise subject.refusal("its VMDK descriptor has bytes that are not ASCII") from None
-    extents, settings = _parse(subject, lines)
-    _check_lenient(subject, text.decode("ascii").lower(), settings)
+    # What is not ASCII may stand in comments, names and values, in any encoding: it means nothing to the format.
+    whole = text.decode("ascii", "replace").replace("\r\n", "\n")
+    extents, settings = _parse(subject, whole.split("\n"))
+    _check_lenient(subject, whole.lower(), settings)
     if settings.get("parentcid", "").lower() != _NO_PARENT:
         raise subject.refusal(f"its VMDK descriptor names a parent, CID {settings.get('parentcid')!r:.40}")
     if settings.get("createtype") not in CREATE_TYPES:
