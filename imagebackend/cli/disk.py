@@ -83,16 +83,16 @@ def show(session: Session, instance: str, disk: str) -> None:
 
 @disk.command
 @click.option("--bus", type=click.Choice(_BUSES), default="virtio", show_default=True, help="The guest's controller.")
-@click.option("--dev", default="vda", show_default=True, help="The name of the device in the guest.")
+@click.option("--dev", metavar="NAME", default="vda", show_default=True, help="The name of the device in the guest.")
 @click.option("--device", type=click.Choice(_DEVICES), default="disk", show_default=True, help="What the guest sees.")
 @click.option(
     "--cache-mode",
     type=click.Choice(_CACHE_MODES),
     help="Default: as [libvirt] disk_cachemodes says, or none where direct I/O works and writeback elsewhere.",
 )
-@click.option("--boot-order", type=click.IntRange(min=1), help="The place in the boot order.")
-@click.option("--unit", type=click.IntRange(min=0), help="The unit on the SCSI controller.")
-@click.option("--serial", help="The serial number that the guest sees.")
+@click.option("--boot-order", metavar="NUMBER", type=click.IntRange(min=1), help="The place in the boot order.")
+@click.option("--unit", metavar="NUMBER", type=click.IntRange(min=0), help="The unit on the SCSI controller.")
+@click.option("--serial", metavar="NUMBER", help="The serial number that the guest sees.")
 @click.option(
     "--extra-spec",
     "extra_specs",
@@ -160,7 +160,10 @@ def resize(session: Session, instance: str, disk: str, size: int, domain: str | 
 @click.argument("disk", shell_complete=complete_disk)
 @click.pass_obj
 def flatten(session: Session, instance: str, disk: str) -> None:
-    """Cut the tie to the template: the disk then holds all its data itself."""
+    """Cut a disk's tie to its template.
+
+    The disk then holds all its data itself, and the template can be removed.
+    """
     image = find(session.backend, instance, disk)
     with session.progress(f"Flattening {disk}") as progress:
         image.flatten(progress=progress)
@@ -174,7 +177,10 @@ def flatten(session: Session, instance: str, disk: str) -> None:
 @click.argument("target", type=click.Path())
 @click.pass_obj
 def extract(session: Session, instance: str, disk: str, target: str, out_format: str | None) -> None:
-    """Write a standalone copy of a disk to a file, replacing what is there once the copy is whole."""
+    """Write a standalone copy of a disk to a file.
+
+    A file that is there is replaced once the copy is whole.
+    """
     image = find(session.backend, instance, disk)
     with session.progress(f"Extracting {disk}") as progress:
         image.snapshot_extract(target, out_format, progress=progress)

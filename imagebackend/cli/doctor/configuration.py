@@ -92,7 +92,9 @@ def _examine_values(conf: cfg.ConfigOpts) -> Iterator[Finding]:
                 section[option.dest]
             except (cfg.Error, ValueError) as failure:
                 wrong += 1
-                yield error(f"[{group}] {option.name}", str(failure), "correct it, or remove the line for the default")
+                # What comes before is the option's name and where oslo.config keeps its value.
+                reason = str(failure).rpartition("is not valid: ")[2]
+                yield error(f"[{group}] {option.name}", reason, "correct it, or remove the line for the default")
                 conf.set_override(option.dest, option.default, group=None if group == "DEFAULT" else group)
     if not wrong:
         yield fine("options", "every value is of its option's type")
