@@ -43,15 +43,18 @@ auth_unix_rw = "none"
 host_uuid = "{host_uuid}"
 """
 
-# Disks keep the owner that they have: what the guests run as need not be let in. No /dev of each guest's own: in a
-# chroot libvirt leaves it empty, and a QEMU that finds no /dev/null there gives up locking its disks.
 _QEMU_CONF = """\
+# Disks keep the owner that they have, and need not let in anybody else.
 user = "root"
 group = "root"
 dynamic_ownership = 0
 remember_owner = 0
-namespaces = []
 security_driver = "none"
+# In a chroot libvirt leaves a guest's own /dev empty, and a QEMU that finds no /dev/null gives up locking its disks.
+namespaces = []
+# Those of a guest that is killed would stay.
+cgroup_controllers = []
+# Not through a virtlogd.
 stdio_handler = "file"
 """
 
