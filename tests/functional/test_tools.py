@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import pytest
 
 from tools import boot, deadline, guest_image
 from tools.guest_image import ROOT_SAYS, SIZE_SAYS, GuestImage
+
+ROOT = Path(__file__).resolve().parents[2]
 
 DISK = """
 <disk type="file" device="disk">
@@ -98,6 +101,16 @@ def test_everything_ends_when_the_starting_process_is_killed(guest: GuestImage, 
         assert {"libvirtd", "qemu-system-x86"} <= _processes_of(folder)
         starting.kill()
         deadline.wait_for(lambda: not _processes_of(folder), seconds=30, what="end of the processes")
+
+
+def test_demonstration_passes_and_leaves_nothing() -> None:
+    command = [sys.executable, "-m", "tools.demo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("It said so on its console: root=/dev/vda1 ext4, size=1073741824") == 2
+    assert "launched 4 guests" in done.stdout
+    (work,) = re.findall("instances_path = (.*)/instances", done.stdout)
+    assert not os.path.exists(work)
 
 
 def _processes_of(folder: Path) -> set[str]:
