@@ -177,7 +177,6 @@ def test_the_hypervisor_follows_the_type_of_domain(virt_type: str, uri: str) -> 
         ({"libvirt.disk_cachemodes": ["file=none"]}, {}),
         ({"virt_mkfs": ["linux"]}, {"[DEFAULT] virt_mkfs": "error"}),
         ({"default_ephemeral_format": "zfs"}, {"[DEFAULT] default_ephemeral_format": "error"}),
-        ({"libvirt.images_qcow2_cluster_size": 3000}, {"[libvirt] images_qcow2_cluster_size": "error"}),
         ({"libvirt.images_qcow2_cluster_size": 2 << 20}, {}),
         (
             {"libvirt.images_qcow2_cluster_size": 8192, "libvirt.images_qcow2_extended_l2": True},
