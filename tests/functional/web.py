@@ -206,12 +206,14 @@ class MisbehavingServer:
         self._listener.close()
 
     def wait_until_gone(self, connection: socket.socket, request: Request) -> None:
-        """Wait until the other end closes the connection, for answers that stall."""
+        """Wait until the other end closes the connection, but not for ever, for answers that stall."""
         del request
-        with contextlib.suppress(ConnectionError):
-            while connection.recv(4096):
-                pass
-        self.gone.set()
+        connection.settimeout(10)
+        with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(ConnectionError):
+                while connection.recv(4096):
+                    pass
+            self.gone.set()
 
     def _serve(self) -> None:
         while True:

@@ -37,6 +37,8 @@ _CONNECT_TIMEOUT = 10.0
 _SLOWEST = 1024
 # What the network and whoever is at the other end of it may cause.
 _ERRORS = (OSError, http.client.HTTPException, urllib3_exceptions.HTTPError, UnicodeError)
+# More at a time costs more memory management than it saves: TLS gives 16 KiB a call, whatever is asked for.
+_READ_SIZE = 1 << 18
 # For how long a block is filled before it is handed over as it is, in seconds.
 _FILL_TIME = 0.2
 
@@ -97,11 +99,10 @@ class Connection:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
     ) -> None:
-        idle = self._job is None or self._job.done()
-        interrupted = self._interrupt()
+        ending = self._job is None or self._job.done() or self._interrupt()
         self._thread.submit(self._close)
         # Looking up a name and shaking hands cannot be interrupted: they end by themselves, within their time limit.
-        self._thread.shutdown(wait=idle or interrupted)
+        self._thread.shutdown(wait=ending)
 
     def open(self, headers: Mapping[str, str]) -> HTTPResponse:
         """Send the request and return the head of the response."""
@@ -174,7 +175,7 @@ class Connection:
         deadline = time.monotonic() + _FILL_TIME
         try:
             while filled < BLOCK_SIZE and not (filled and time.monotonic() > deadline):
-                piece = self._response.read1(BLOCK_SIZE - filled)
+                piece = self._response.read1(min(BLOCK_SIZE - filled, _READ_SIZE))
                 if not piece:
                     break
                 block[filled : filled + len(piece)] = piece
