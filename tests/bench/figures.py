@@ -380,9 +380,9 @@ def _count_side(bench: Bench, figure: str, side: str, images_type: str, place: s
     setup = (
         f"import sys; sys.path.insert(0, {peers.ROOT!r}); from tests.bench import {side}_peer\n"
         f"peer = {side}_peer.Peer({f'{place}/{side}-{images_type}/bench.conf'!r})\n"
-        f"peer.cache({_TEMPLATE!r}, ['first'], {bench.virtual_size})\n"
+        f"peer.make({_TEMPLATE!r}, 'first', {bench.virtual_size})\n"
     )
-    script = f"peer.cache({_TEMPLATE!r}, ['counted'], {bench.virtual_size})"
+    script = f"peer.make({_TEMPLATE!r}, 'counted', {bench.virtual_size})"
     rows: list[Row | CountRow] = []
     for title, before in ((f"warm {images_type} disk", ""), (f"cache() on an existing {images_type} disk", script)):
         progress(f"{title}: counting {_SIDES[side]}")
