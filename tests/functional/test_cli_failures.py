@@ -212,20 +212,13 @@ def test_a_name_in_no_encoding_is_only_a_name(command: Command, name: bytes) -> 
 
 def test_an_ascii_terminal_is_no_reason_to_fail(command: Command) -> None:
     image = command.image("é.raw")
-    environment = {
-        **os.environ,
-        "LC_ALL": "C",
-        "PYTHONCOERCECLOCALE": "0",
-        "PYTHONUTF8": "0",
-        "PYTHONIOENCODING": "ascii",
-    }
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    words = command.arguments("template", "check", "--format", "raw", image)
 
-    finished = subprocess.run(
-        command.arguments("template", "check", "--format", "raw", image), env=environment, capture_output=True, timeout=60,
-        check=False,
-    )  # fmt: skip
+    finished = subprocess.run(words, env={**os.environ, **locale}, capture_output=True, timeout=60, check=False)
 
     assert (finished.returncode, finished.stderr) == (0, b"")
+    assert b"acceptable as raw" in finished.stdout
 
 
 @pytest.mark.parametrize("words", [("template", "list"), ("--json", "disk", "list"), ("--help",), ("doctor",)])
