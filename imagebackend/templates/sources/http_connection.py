@@ -160,7 +160,8 @@ class Connection:
         self._socket = self._connection.sock
         if self._stopped.is_set():
             raise ConnectionAbortedError
-        self._connection.timeout = self._timeout
+        # The caller's thread keeps the time; this is for when it was torn away.
+        self._connection.timeout = 2 * self._timeout
         self._connection.request(
             "GET", self._request_target, headers=headers, preload_content=False, decode_content=False
         )
