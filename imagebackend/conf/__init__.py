@@ -75,4 +75,12 @@ def check(conf: cfg.ConfigOpts) -> None:
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ValueError(f"{value} is not a number of seconds")
             except (cfg.Error, ValueError) as error:
-                raise exceptions.InvalidConfiguration(f"[{group}] {option.name}", str(error)) from error
+                raise exceptions.InvalidConfiguration(f"[{group}] {option.name}", _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    # What oslo.config raises for everything but a bad value; what was wrong, such as a $name of nothing, it hides.
+    if isinstance(error, cfg.NoSuchOptError) and error.__context__ is not None:
+        return str(error.__context__)
+    # What comes before is the option's name and the last file read, whichever file had the value.
+    return str(error).rpartition(" is not valid: ")[2]

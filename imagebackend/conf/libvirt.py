@@ -74,9 +74,9 @@ I/O, 'writeback' otherwise.
     ),
     cfg.IntOpt(
         "images_address_space_limit",
-        default=2 * units.Gi,
-        min=128 * units.Mi,
-        help="How many bytes of memory a tool that reads an image may use.",
+        default=2,
+        min=1,
+        help="How many gibibytes of memory a tool that reads an image may use.",
     ),
     cfg.IntOpt(
         "images_tool_timeout",

@@ -181,7 +181,7 @@ class DiskFile:
     def tool_options(self) -> dict[str, Any]:
         """Return the deadline and limits for a tool that works on the whole disk, as keyword arguments."""
         timeout = self.conf.libvirt.images_tool_timeout
-        limits = process.Limits(cpu_time=timeout, address_space=self.conf.libvirt.images_address_space_limit)
+        limits = process.Limits(cpu_time=timeout, address_space=self.conf.libvirt.images_address_space_limit << 30)
         return {"timeout": timeout, "limits": limits}
 
     def remove_file(self) -> None:
