@@ -39,10 +39,8 @@ class Application(click.Group):
         options = {**extra, "prog_name": _PROGRAM, "standalone_mode": False, "obj": session}
         try:
             status = super().main(arguments, **options)
-        except (click.ClickException, click.Abort, exceptions.ImageBackendError) as error:
-            status = _report(session, error)
+        # Also what nobody foresaw: a shell is no place for a traceback that nobody asked for.
         except Exception as error:
-            # A defect of ours, or a machine that behaves as nobody foresaw.
             status = _report(session, error)
         sys.exit(status if isinstance(status, int) else 0)
 

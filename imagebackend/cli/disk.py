@@ -174,7 +174,7 @@ def flatten(session: Session, instance: str, disk: str) -> None:
 @click.option("--format", "out_format", type=click.Choice(FILE_FORMATS), help="Default: as configured, or the disk's.")
 @click.argument("instance", shell_complete=complete_instance)
 @click.argument("disk", shell_complete=complete_disk)
-@click.argument("target", type=click.Path())
+@click.argument("target", type=click.Path(readable=False))
 @click.pass_obj
 def extract(session: Session, instance: str, disk: str, target: str, out_format: str | None) -> None:
     """Write a standalone copy of a disk to a file.

@@ -42,7 +42,7 @@ def template() -> None:
     required=True,
     help="The format that it is said to have.",
 )
-@click.argument("file", type=click.Path())
+@click.argument("file", type=click.Path(readable=False))
 @click.pass_obj
 def check(session: Session, claimed: str, file: str) -> None:
     """Tell whether a file may become a template.

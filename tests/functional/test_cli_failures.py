@@ -14,7 +14,7 @@ import pytest
 
 from imagebackend import locks
 from tests.functional import web
-from tests.functional.cli_command import EXECUTABLE, MIB, Command, held
+from tests.functional.cli_command import MIB, Command, held
 from tests.functional.hostile_images import HOSTILE_IMAGES, HostileImage
 
 #: One of each kind of refusal; all of them are in test_inspection.py.
@@ -56,27 +56,46 @@ def test_a_hostile_image_is_refused_by_check_and_by_add(image: HostileImage, com
     assert sorted(set(os.listdir(command.folder)) - {"instances"}) == before
 
 
+def run_without_capabilities(arguments: list[str | bytes]) -> subprocess.CompletedProcess[str]:
+    """Run a command for which, though it is root's, the modes of files count."""
+    return subprocess.run(
+        ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 def test_a_check_needs_no_rights_but_to_read(command: Command) -> None:
     image = command.image()
-    command.folder.chmod(0o755)
-    nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
-    check = [EXECUTABLE, "template", "check", "--format", "raw"]
+    image.chmod(0o400)
+    command.instances.mkdir(mode=0)
+    check = command.arguments("template", "check", "--format", "raw", image)
 
-    # The folder is handed down as a descriptor, since those above it may let nobody in.
-    descriptor = os.open(image, os.O_RDONLY)
-    try:
-        readable = subprocess.run(
-            [*nobody, *check, "/proc/self/fd/0"],
-            stdin=descriptor,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    finally:
-        os.close(descriptor)
+    readable = run_without_capabilities(check)
+    image.chmod(0)
+    unreadable = run_without_capabilities(check)
 
     assert (readable.returncode, readable.stderr) == (0, "")
+    assert unreadable.returncode == 2
+    assert "cannot be read: Permission denied" in unreadable.stderr
+
+
+def test_missing_rights_are_told_with_what_they_are_missing_for(command: Command) -> None:
+    command.done("template", "add", "--name", "base", command.image())
+    before = command.files()
+    command.instances.chmod(0o500)
+
+    made = run_without_capabilities(command.arguments("disk", "create", "vm1", "disk", "--template", "base"))
+    examined = run_without_capabilities(command.arguments("doctor"))
+
+    assert made.returncode == 1
+    assert f"{command.instances}" in one_message(made)
+    assert "permission denied; check the owner and mode" in one_message(made)
+    assert examined.returncode == 1
+    assert f"error    [DEFAULT] instances_path {command.instances}: nothing can be made in it: " in examined.stdout
+    assert command.files() == before
 
 
 def test_a_full_file_system_is_told_and_gets_its_space_back(small_tmpfs: Path, tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ def test_what_a_file_system_can_do(
     [
         (Folder("/srv/a", "/srv/a"), "ok", "can write there"),
         (Folder("/srv/a", "/srv"), "ok", "it will be made in /srv"),
-        (Folder("/srv/a", "/srv/a", "Permission denied"), "error", "in /srv/a: Permission denied"),
-        (Folder("/srv/a", "/srv", "Read-only file system"), "error", "not there, and in /srv: Read-only"),
+        (Folder("/srv/a", "/srv/a", "Permission denied"), "error", "nothing can be made in it: Permission denied"),
+        (Folder("/srv/a", "/srv", "Read-only file system"), "error", "made in /srv, and it is not there: Read-only"),
     ],
 )
 def test_what_a_folder_allows(folder: Folder, status: str, words: str) -> None:
