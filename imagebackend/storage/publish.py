@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New files that appear whole: filled under a temporary name, made durable, then renamed to their own.
+"""Files that appear whole: filled under a temporary name, made durable, then renamed to their own.
 
 The caller holds the lock under which the file is made, so that one maker at most uses its temporary name, and
 whatever a killed one left there may be thrown away.
@@ -20,6 +20,7 @@ __all__ = [
     "create",
     "new_file",
     "partial_path",
+    "read_file",
     "remove_file",
     "remove_quietly",
     "sync_folder",
@@ -112,6 +113,23 @@ def write_file(path: str, content: bytes, *, durable: bool) -> None:
                 os.close(descriptor)
             undo.pop_all()
         faults.point("publish.renamed")
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+
+
+def read_file(path: str, largest: int) -> bytes | None:
+    """Return the content of a small file, of which at most ``largest`` bytes are read, or None if it is not there.
+
+    :raises PermissionDenied, StorageError: it cannot be read, or is a link.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            return os.read(descriptor, largest)
+        finally:
+            os.close(descriptor)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError as error:
         raise exceptions.storage_error(error, path) from error
 
