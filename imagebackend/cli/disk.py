@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from imagebackend import exceptions
 from imagebackend.cli import output
 from imagebackend.cli.disk_creation import create
 from imagebackend.cli.disks import describe, find
+from imagebackend.cli.exit_status import status_of
 from imagebackend.cli.output import human_size
 from imagebackend.cli.parameters import FILE_FORMATS, complete_disk, complete_instance, parse_size
 from imagebackend.cli.session import Session
@@ -41,7 +43,11 @@ disk.add_command(snapshot)
 @click.pass_obj
 def list_(session: Session, instance: str | None) -> None:
     """List the disks of an instance, or of all."""
-    described = [_describe_soundly(image) for image in session.backend.disks(instance)]
+    described = []
+    for image in session.backend.disks(instance):
+        # One that was removed since it was found is no longer a disk.
+        with contextlib.suppress(exceptions.DiskNotFound):
+            described.append(_describe_soundly(image))
     rows = [
         (
             each["instance"],
@@ -211,10 +217,12 @@ def _describe_soundly(image: Image) -> dict[str, Any]:
     """Describe a disk also if it is damaged: the list must not end there."""
     try:
         return describe(image)
+    except exceptions.DiskNotFound:
+        raise
     except exceptions.ImageBackendError as error:
         unknown = dict.fromkeys(("format", "size", "allocated", "template"))
         names = {"instance": image.instance, "disk": image.disk_name, "path": image.path}
-        return {**names, **unknown, "error": output.error_document(error, 1)}
+        return {**names, **unknown, "error": output.error_document(error, status_of(error))}
 
 
 def _size(size: int | None) -> str:
