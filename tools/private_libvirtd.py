@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -93,7 +94,7 @@ def run(folder: Path) -> Iterator[Path]:
             _wait_until_ready(folder, daemon)
             yield folder
         finally:
-            daemon.kill()
+            _end(daemon)
     _keep_capabilities(folder)
 
 
@@ -126,6 +127,17 @@ def _prepare(folder: Path) -> None:
     # Probing QEMU takes seconds, and libvirt checks for itself whether what it found last time still holds.
     if _CAPABILITIES.exists():
         shutil.copytree(_CAPABILITIES, folder / "cache" / "qemu" / "capabilities")
+
+
+def _end(daemon: subprocess.Popen[bytes]) -> None:
+    """Kill the first process of the namespace: when that has been waited for, none of the others is left."""
+    if daemon.poll() is not None:
+        return
+    first = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split()
+    if first:
+        os.kill(int(first[0]), signal.SIGKILL)
+    else:
+        daemon.kill()
 
 
 def _keep_capabilities(folder: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import libvirt
 import pytest
 
-from tools import boot, deadline, guest_image
+from tools import boot, deadline, guest_image, private_libvirtd
 from tools.guest_image import ROOT_SAYS, SIZE_SAYS, GuestImage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,9 +92,22 @@ def test_container_runs_in_the_private_libvirtd(libvirt_lxc: libvirt.virConnect,
         domain.destroy()
 
 
+def test_everything_has_ended_when_the_private_libvirtd_has(guest: GuestImage, tmp_path: Path) -> None:
+    xml = boot.domain_xml(
+        "left", guest, [DISK.format(shutil.copy(guest.disk, tmp_path))], tmp_path / "console", "qemu"
+    )
+    with private_libvirtd.run(tmp_path / "libvirtd") as folder:
+        with private_libvirtd.connect(private_libvirtd.uri(folder, "qemu")) as connection:
+            connection.createXML(xml)
+        assert {"libvirtd", "qemu-system-x86"} <= _processes_of(folder)
+    assert not _processes_of(folder)
+
+
 def test_everything_ends_when_the_starting_process_is_killed(guest: GuestImage, tmp_path: Path) -> None:
     folder = tmp_path / "libvirtd"
-    xml = boot.domain_xml("orphan", guest, [DISK.format(guest.disk)], tmp_path / "console", "qemu")
+    xml = boot.domain_xml(
+        "orphan", guest, [DISK.format(shutil.copy(guest.disk, tmp_path))], tmp_path / "console", "qemu"
+    )
     command = [sys.executable, "-c", START, folder, xml]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as starting:
         assert starting.stdout.readline() == b"running\n"
