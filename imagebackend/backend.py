@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,9 @@ __all__ = ["Backend"]
 #: The group of entry points by which other packages add image types.
 ENTRY_POINTS = "imagebackend.backends"
 
+LOG = logging.getLogger(__name__)
+
+_FILE_FORMATS = ("raw", "qcow2")
 _BUILT_IN = {
     "raw": ("imagebackend.images.raw", "Raw"),
     "flat": ("imagebackend.images.raw", "Raw"),
@@ -97,19 +101,32 @@ class Backend:
     def disks(self, instance: Any = None) -> Iterator[Image]:
         """Yield the disks in files that are on record under ``instances_path``, by instance and name.
 
-        :param instance: anything with a ``uuid``, or a string; None: all.
+        :param instance: anything with a ``uuid``, or a string; None: all, where an instance whose record cannot be
+            read is logged and left out.
         :raises PermissionDenied, StorageError: the folder cannot be read.
-        :raises CorruptRecord: an instance's ``disk.info`` cannot be read.
+        :raises CorruptRecord: the record of ``instance`` cannot be read.
         """
+        if instance is not None:
+            yield from self._disks_of(names.instance_id(instance))
+            return
         folder = os.path.abspath(self.conf.instances_path)
         try:
-            entries = sorted(os.listdir(folder)) if instance is None else [names.instance_id(instance)]
+            entries = sorted(os.listdir(folder))
         except FileNotFoundError:
             return
         except OSError as error:
             raise exceptions.storage_error(error, folder) from error
         for entry in entries:
-            for path, disk_format in sorted(disk_info.read_all(f"{folder}/{entry}").items()):
-                image = self.by_libvirt_path(entry, path, disk_format)
+            try:
+                yield from self._disks_of(entry)
+            except exceptions.CorruptRecord as error:
+                LOG.warning("the disks of %s are left out: %s", entry, error)
+
+    def _disks_of(self, instance: str) -> Iterator[Image]:
+        folder = f"{os.path.abspath(self.conf.instances_path)}/{instance}"
+        for path, disk_format in sorted(disk_info.read_all(folder).items()):
+            # The record may have come from another host: nothing outside the instance's folder is meant by it.
+            if os.path.dirname(path) == folder and disk_format in _FILE_FORMATS:
+                image = self.by_libvirt_path(instance, path, disk_format)
                 if image.exists():
                     yield image
