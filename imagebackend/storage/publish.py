@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 
+_ATTEMPTS = 10
+
+
 def partial_path(path: str) -> str:
     """Return the temporary name of ``path``: in the same folder, and no name that a user can give."""
     folder, name = os.path.split(path)
@@ -169,13 +172,15 @@ def create(partial: str) -> int:
     :raises OSError: as the operating system says.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        return os.open(partial, flags, 0o600)
-    except FileExistsError:
-        # Not truncated but replaced: a tool that the killed maker started may still be writing there.
-        _remove(partial)
-    except FileNotFoundError:
-        _make_folder(os.path.dirname(partial))
+    for _ in range(_ATTEMPTS):
+        try:
+            return os.open(partial, flags, 0o600)
+        except FileExistsError:
+            # Not truncated but replaced: a tool that the killed maker started may still be writing there.
+            _remove(partial)
+        except FileNotFoundError:
+            # Perhaps not for the first time: whoever removes the last disk of an instance removes its folder.
+            _make_folder(os.path.dirname(partial))
     return os.open(partial, flags, 0o600)
 
 
