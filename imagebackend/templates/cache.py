@@ -61,8 +61,8 @@ class TemplateCache:
 
         :raises InvalidName: it is neither.
         """
-        folder, _, name = base.rpartition("/")
-        if folder not in ("", self._folder):
+        folder, slash, name = base.rpartition("/")
+        if slash and folder != self._folder:
             raise exceptions.InvalidName("template", base, f"neither a name nor a path in {self._folder}")
         return names.check_name("template", name)
 
