@@ -200,7 +200,7 @@ def raw_copy(bench: Bench, figure: str) -> list[Row | CountRow]:
         title = f"warm raw disk on {kind}, {bench.data_size // _MIB} MiB of data"
         results = bench.interleave(title, contenders)
     commands = {tool: "cp TEMPLATE DISK, then fdatasync(2)", bare: "cp TEMPLATE DISK, not durable"}
-    return [_row(figure, title, "ms a disk", results, {tool: 1, NOVA: 1.3}, commands=commands)]
+    return [_row(figure, title, "ms a disk", results, {tool: 1}, commands=commands)]
 
 
 def existing_disk(bench: Bench, figure: str) -> list[Row | CountRow]:
