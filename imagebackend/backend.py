@@ -49,7 +49,7 @@ class Backend:
 
         :param image_type: ``raw``, ``flat`` (the same), ``qcow2``, a type that another package adds, or ``default``;
             None: what ``[libvirt] images_type`` says.
-        :raises InvalidConfiguration: there is no such type.
+        :raises InvalidConfiguration: there is no such type, or the package that adds it is broken.
         """
         wanted = image_type or self.conf.libvirt.images_type
         if wanted == "default":
@@ -60,8 +60,7 @@ class Backend:
             return built_in
         added = {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
         if wanted in added:
-            loaded: type[Image] = added[wanted].load()
-            return loaded
+            return _load(added[wanted])
         known = ", ".join(sorted({*_BUILT_IN, *added, "default"}))
         raise exceptions.InvalidConfiguration("[libvirt] images_type", f"{wanted!r} is not one of {known}")
 
@@ -93,7 +92,8 @@ class Backend:
         :param path: the path that the domain's XML has, absolute.
         :raises InvalidName: the last part of the path is not the name of a disk, or the path is not absolute.
         """
-        if not os.path.isabs(path) or os.path.normpath(path) != path:
+        # POSIX lets '//' at the beginning mean something else, so that normpath leaves it.
+        if not os.path.isabs(path) or path.startswith("//") or os.path.normpath(path) != path:
             raise exceptions.InvalidName("disk", path, "an absolute path without '.', '..' and '//' is needed")
         disk_name = os.path.basename(path)
         return self.backend(image_type)(self.conf, self.templates, names.instance_id(instance), disk_name, path)
@@ -119,7 +119,7 @@ class Backend:
         for entry in entries:
             try:
                 yield from self._disks_of(entry)
-            except exceptions.CorruptRecord as error:
+            except (exceptions.CorruptRecord, exceptions.InvalidName) as error:
                 LOG.warning("the disks of %s are left out: %s", entry, error)
 
     def _disks_of(self, instance: str) -> Iterator[Image]:
@@ -130,3 +130,16 @@ class Backend:
                 image = self.by_libvirt_path(instance, path, disk_format)
                 if image.exists():
                     yield image
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> type[Image]:
+    try:
+        loaded = entry.load()
+        if not issubclass(loaded, Image):
+            raise TypeError("it is not an Image")
+    except (ImportError, AttributeError, TypeError) as error:
+        raise exceptions.InvalidConfiguration(
+            f"entry point {entry.name} of {ENTRY_POINTS}", f"{entry.value} cannot be used: {error}"
+        ) from error
+    image_class: type[Image] = loaded
+    return image_class
