@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from imagebackend.backend import Backend
     from imagebackend.conf import list_opts, load_config, register_opts
     from imagebackend.images.base import Capabilities, Image, Snapshot
+    from imagebackend.images.ephemeral import create_ephemeral, create_swap
     from imagebackend.templates.cache import Template, TemplateCache
     from imagebackend.templates.sources import open_source
 
@@ -24,6 +25,8 @@ __all__ = [
     "Snapshot",
     "Template",
     "TemplateCache",
+    "create_ephemeral",
+    "create_swap",
     "exceptions",
     "list_opts",
     "load_config",
@@ -38,6 +41,8 @@ _HOMES = {
     "Snapshot": "imagebackend.images.base",
     "Template": "imagebackend.templates.cache",
     "TemplateCache": "imagebackend.templates.cache",
+    "create_ephemeral": "imagebackend.images.ephemeral",
+    "create_swap": "imagebackend.images.ephemeral",
     "list_opts": "imagebackend.conf",
     "load_config": "imagebackend.conf",
     "open_source": "imagebackend.templates.sources",

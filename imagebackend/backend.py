@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,9 @@ __all__ = ["Backend"]
 #: The group of entry points by which other packages add image types.
 ENTRY_POINTS = "imagebackend.backends"
 
+LOG = logging.getLogger(__name__)
+
+_FILE_FORMATS = ("raw", "qcow2")
 _BUILT_IN = {
     "raw": ("imagebackend.images.raw", "Raw"),
     "flat": ("imagebackend.images.raw", "Raw"),
@@ -46,7 +50,7 @@ class Backend:
 
         :param image_type: ``raw``, ``flat`` (the same), ``qcow2``, ``rbd``, a type that another package adds, or
             ``default``; None: what ``[libvirt] images_type`` says.
-        :raises InvalidConfiguration: there is no such type.
+        :raises InvalidConfiguration: there is no such type, or the package that adds it is broken.
         """
         wanted = image_type or self.conf.libvirt.images_type
         if wanted == "default":
@@ -57,8 +61,7 @@ class Backend:
             return built_in
         added = {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
         if wanted in added:
-            loaded: type[Image] = added[wanted].load()
-            return loaded
+            return _load(added[wanted])
         known = ", ".join(sorted({*_BUILT_IN, *added, "default"}))
         raise exceptions.InvalidConfiguration("[libvirt] images_type", f"{wanted!r} is not one of {known}")
 
@@ -98,24 +101,51 @@ class Backend:
         """Yield the disks in files that are on record under ``instances_path``, and those of the configured type in
         a store of its own, by instance and name.
 
-        :param instance: anything with a ``uuid``, or a string; None: all.
+        :param instance: anything with a ``uuid``, or a string; None: all, where an instance whose record cannot be
+            read is logged and left out.
         :raises PermissionDenied, StorageError: the folder cannot be read.
-        :raises CorruptRecord: an instance's ``disk.info`` cannot be read.
+        :raises CorruptRecord: the record of ``instance`` cannot be read.
         """
-        folder = os.path.abspath(self.conf.instances_path)
-        for owner, disk_name in sorted(self.backend().stored(self.conf)):
-            if instance is None or owner == names.instance_id(instance):
-                image = self.image(owner, disk_name)
+        owner = None if instance is None else names.instance_id(instance)
+        for stored_owner, disk_name in sorted(self.backend().stored(self.conf)):
+            if owner in (None, stored_owner):
+                image = self.image(stored_owner, disk_name)
                 if image.exists():
                     yield image
+        if owner is not None:
+            yield from self._disks_of(owner)
+            return
+        folder = os.path.abspath(self.conf.instances_path)
         try:
-            entries = sorted(os.listdir(folder)) if instance is None else [names.instance_id(instance)]
+            entries = sorted(os.listdir(folder))
         except FileNotFoundError:
             return
         except OSError as error:
             raise exceptions.storage_error(error, folder) from error
         for entry in entries:
-            for path, disk_format in sorted(disk_info.read_all(f"{folder}/{entry}").items()):
-                image = self.by_libvirt_path(entry, path, disk_format)
+            try:
+                yield from self._disks_of(entry)
+            except (exceptions.CorruptRecord, exceptions.InvalidName) as error:
+                LOG.warning("the disks of %s are left out: %s", entry, error)
+
+    def _disks_of(self, instance: str) -> Iterator[Image]:
+        folder = f"{os.path.abspath(self.conf.instances_path)}/{instance}"
+        for path, disk_format in sorted(disk_info.read_all(folder).items()):
+            # The record may have come from another host: nothing outside the instance's folder is meant by it.
+            if os.path.dirname(path) == folder and disk_format in _FILE_FORMATS:
+                image = self.by_libvirt_path(instance, path, disk_format)
                 if image.exists():
                     yield image
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> type[Image]:
+    try:
+        loaded = entry.load()
+        if not issubclass(loaded, Image):
+            raise TypeError("it is not an Image")
+    except (ImportError, AttributeError, TypeError) as error:
+        raise exceptions.InvalidConfiguration(
+            f"entry point {entry.name} of {ENTRY_POINTS}", f"{entry.value} cannot be used: {error}"
+        ) from error
+    image_class: type[Image] = loaded
+    return image_class

@@ -9,13 +9,13 @@ shared, has a deadline, and is not dropped when another thread closes the file.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from imagebackend import exceptions
 
@@ -27,7 +27,7 @@ _CONFLICT = (errno.EAGAIN, errno.EACCES)
 _FIRST_DELAY, _LAST_DELAY = 0.001, 0.1
 
 
-@contextmanager
+@contextlib.contextmanager
 def hold(path: str, *, timeout: float, shared: bool = False, transient: bool = False) -> Iterator[None]:
     """Hold the lock ``path`` in the block.
 
@@ -36,13 +36,22 @@ def hold(path: str, *, timeout: float, shared: bool = False, transient: bool = F
     :param shared: let other shared holders in, keep exclusive ones out.
     :param transient: remove the lock file at the end, so that such files do not pile up; exclusive locks only.
     :raises LockTimeout: someone else held it all that time.
+    :raises PermissionDenied, InsufficientSpace, StorageError: the lock file cannot be made, or not be locked.
     """
-    descriptor = _acquire(path, timeout, shared)
+    try:
+        descriptor = _acquire(path, timeout, shared)
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
     try:
         yield
     finally:
         if transient:
-            os.unlink(path)
+            # One that stays is harmless, since the kernel's lock decides.
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        else:
+            # A process that was forked meanwhile has the descriptor too, so that closing it here does not unlock.
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
         os.close(descriptor)
 
 
@@ -90,13 +99,10 @@ def _acquire(path: str, timeout: float, shared: bool) -> int:
 def _open(path: str) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        try:
-            return os.open(path, flags, 0o644)
-        except FileNotFoundError:
-            os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-            return os.open(path, flags, 0o644)
-    except OSError as error:
-        raise exceptions.storage_error(error, path) from error
+        return os.open(path, flags, 0o644)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        return os.open(path, flags, 0o644)
 
 
 def _is_still(path: str, descriptor: int) -> bool:

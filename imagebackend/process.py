@@ -79,7 +79,7 @@ def run(
     :param command: the argument list; the first is looked up in :data:`PATH`.
     :param timeout: seconds of wall clock, after which the whole process group is killed.
     :param limits: limits on CPU and memory, for commands that read untrusted bytes.
-    :param input: what to feed on stdin; stdin is ``/dev/null`` otherwise.
+    :param input: what stdin gives; it is ``/dev/null`` otherwise.
     :param pass_fds: open descriptors that the command inherits.
     :param secrets: strings that are masked in logs and errors.
     :param package: the Debian package to name when the command is missing.
@@ -89,7 +89,7 @@ def run(
         exception raised there kills the command and propagates.
     :raises ToolMissing: the command is not installed.
     :raises ToolTimeout: it ran past its deadline.
-    :raises ToolFailed: it failed, was killed, or wrote more than 16 MiB.
+    :raises ToolFailed: it cannot be started, failed, was killed, or wrote more than 16 MiB.
     """
     shown = [_mask(word, secrets) for word in command]
     executable = find(command[0])
@@ -98,32 +98,25 @@ def run(
     # A file name need not be UTF-8, but what is logged is.
     LOG.debug("running %s", shlex.join(shown).encode(errors="backslashreplace").decode())
     started = time.monotonic()
-    child = subprocess.Popen(
-        [*_wrapper(limits), executable, *command[1:]],
-        env=_ENVIRONMENT,
-        stdin=subprocess.PIPE if input else subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        pass_fds=pass_fds,
-        cwd="/",
-        start_new_session=True,
-    )
+    stdout: list[bytes] = []
+    stderr: list[bytes] = []
     try:
-        with child:
+        with _start([*_wrapper(limits), executable, *command[1:]], shown, input, pass_fds) as child:
             try:
-                stdout, stderr = _talk(child, shown, input, started + timeout, timeout, on_output)
+                _talk(child, stdout, stderr, shown, started + timeout, on_output)
                 exit_code = child.wait(timeout=max(0.0, started + timeout - time.monotonic()))
             finally:
                 _kill(child)
-    except subprocess.TimeoutExpired as error:
-        raise exceptions.ToolTimeout(shown, timeout) from error
+    except subprocess.TimeoutExpired:
+        # Without its cause, which would show the secrets.
+        raise exceptions.ToolTimeout(shown, timeout, _mask(_text(stderr), secrets)[:_STDERR_SHOWN]) from None
     LOG.debug("%s ended with %d after %.3f s", shown[0], exit_code, time.monotonic() - started)
-    said = _mask(stderr, secrets)[:_STDERR_SHOWN]
+    said = _mask(_text(stderr), secrets)[:_STDERR_SHOWN]
     if exit_code not in success:
         raise exceptions.ToolFailed(shown, exit_code, said)
     if silent and said.strip():
         raise exceptions.ToolFailed(shown, exit_code, said, reason="it reported a problem")
-    return Result(stdout, stderr)
+    return Result(_text(stdout), _text(stderr))
 
 
 def _wrapper(limits: Limits | None) -> list[str]:
@@ -134,44 +127,62 @@ def _wrapper(limits: Limits | None) -> list[str]:
     return wrapper
 
 
+def _start(command: list[str], shown: list[str], input: bytes, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    with contextlib.ExitStack() as stack:
+        stdin = subprocess.DEVNULL
+        if input:
+            # Not a pipe: a command that does not read it would hold up its caller beyond every deadline.
+            file = stack.enter_context(open(os.memfd_create("stdin"), "w+b", buffering=0))
+            file.write(input)
+            file.seek(0)
+            stdin = file.fileno()
+        try:
+            return subprocess.Popen(
+                command,
+                env=_ENVIRONMENT,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=pass_fds,
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise exceptions.ToolFailed(shown, None, "", reason=f"cannot be started: {error.strerror}") from error
+
+
 def _talk(
     child: subprocess.Popen[bytes],
+    stdout: list[bytes],
+    stderr: list[bytes],
     shown: list[str],
-    input: bytes,
     deadline: float,
-    timeout: float,
     on_output: Callable[[str], None] | None,
-) -> tuple[str, str]:
+) -> None:
     assert child.stdout is not None
     assert child.stderr is not None
-    if child.stdin is not None:
-        with contextlib.suppress(BrokenPipeError):
-            child.stdin.write(input)
-            child.stdin.close()
-    pieces: dict[int, list[bytes]] = {child.stdout.fileno(): [], child.stderr.fileno(): []}
     length = 0
     with selectors.DefaultSelector() as selector:
-        for stream in pieces:
-            selector.register(stream, selectors.EVENT_READ)
+        selector.register(child.stdout, selectors.EVENT_READ, stdout)
+        selector.register(child.stderr, selectors.EVENT_READ, stderr)
         while selector.get_map():
             left = deadline - time.monotonic()
             if left <= 0:
-                raise exceptions.ToolTimeout(shown, timeout, _text(pieces[child.stderr.fileno()])[:_STDERR_SHOWN])
-            ready = selector.select(min(left, _HEARTBEAT))
-            if on_output is not None and not ready:
-                on_output("")
-            for key, _ in ready:
+                raise subprocess.TimeoutExpired(shown, left)
+            said = b""
+            for key, _ in selector.select(min(left, _HEARTBEAT)):
                 piece = os.read(key.fd, 65536)
                 if not piece:
-                    selector.unregister(key.fd)
+                    selector.unregister(key.fileobj)
                     continue
                 length += len(piece)
                 if length > _OUTPUT_LIMIT:
                     raise exceptions.ToolFailed(shown, None, "", reason=f"more than {_OUTPUT_LIMIT} bytes of output")
-                pieces[key.fd].append(piece)
-                if on_output is not None and key.fd == child.stdout.fileno():
-                    on_output(piece.decode("utf-8", "replace"))
-    return _text(pieces[child.stdout.fileno()]), _text(pieces[child.stderr.fileno()])
+                key.data.append(piece)
+                if key.data is stdout:
+                    said = piece
+            if on_output is not None:
+                on_output(said.decode("utf-8", "replace"))
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
@@ -186,6 +197,7 @@ def _text(pieces: list[bytes]) -> str:
 
 
 def _mask(text: str, secrets: Sequence[str]) -> str:
-    for secret in secrets:
+    # The longest first: one may be the beginning of another.
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
         text = text.replace(secret, "***")
     return text

@@ -31,14 +31,15 @@ def virt_type(guest: GuestImage) -> str:
     machine boots again.
     """
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    memory = CACHE / f"virt_type-{boot_id}"
-    if not memory.exists():
-        found = "kvm" if _kvm_works(guest) else "qemu"
-        memory.parent.mkdir(exist_ok=True)
-        partial = memory.with_suffix(f".{os.getpid()}")
-        partial.write_text(found)
-        partial.replace(memory)
-    return memory.read_text()
+    memory = CACHE / "virt_type"
+    known = memory.read_text().split() if memory.exists() else []
+    if known[:1] == [boot_id]:
+        return known[1]
+    found = "kvm" if _kvm_works(guest) else "qemu"
+    partial = CACHE / f".virt_type.{os.getpid()}"
+    partial.write_text(f"{boot_id} {found}\n")
+    partial.replace(memory)
+    return found
 
 
 def _kvm_works(guest: GuestImage) -> bool:

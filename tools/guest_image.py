@@ -145,15 +145,31 @@ def _run(*command: str | Path, cwd: Path | None = None, stdin: str = "", timeout
 
 def _kernel_package() -> tuple[str, str]:
     """Return name and version of the package that Debian's metapackage for kernels depends on."""
-    shown = _run("apt-cache", "show", "--no-all-versions", "linux-image-amd64")
+    command = ("apt-cache", "show", "--no-all-versions", "linux-image-amd64")
+    try:
+        shown = _run(*command)
+    except subprocess.CalledProcessError:
+        _update_package_lists()
+        shown = _run(*command)
     fields = dict(line.split(": ", 1) for line in shown.splitlines() if ": " in line)
     return fields["Depends"].split()[0], fields["Version"]
 
 
 def _download(package: str, folder: Path) -> Path:
     # As root: apt's own user cannot write into a folder of ours.
-    _run("apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", package, cwd=folder, timeout=_DOWNLOAD_TIMEOUT)
+    command = ("apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download")
+    try:
+        _run(*command, package, cwd=folder, timeout=_DOWNLOAD_TIMEOUT)
+    except subprocess.CalledProcessError:
+        # What apt knows of may no longer be in the archive.
+        _update_package_lists()
+        package, _ = _kernel_package()
+        _run(*command, package, cwd=folder, timeout=_DOWNLOAD_TIMEOUT)
     return next(folder.glob(f"{package}_*.deb"))
+
+
+def _update_package_lists() -> None:
+    subprocess.run(["apt-get", "-qq", "update"], stdin=subprocess.DEVNULL, check=True, timeout=_DOWNLOAD_TIMEOUT)
 
 
 def _unpack_kernel(package: Path, kernel: Path, modules: Path) -> None:

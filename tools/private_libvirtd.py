@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -43,13 +44,18 @@ auth_unix_rw = "none"
 host_uuid = "{host_uuid}"
 """
 
-# Disks keep the owner that they have: what the guests run as need not be let in.
 _QEMU_CONF = """\
+# Disks keep the owner that they have, and need not let in anybody else.
 user = "root"
 group = "root"
 dynamic_ownership = 0
 remember_owner = 0
 security_driver = "none"
+# In a chroot libvirt leaves a guest's own /dev empty, and a QEMU that finds no /dev/null gives up locking its disks.
+namespaces = []
+# Those of a guest that is killed would stay.
+cgroup_controllers = []
+# Not through a virtlogd.
 stdio_handler = "file"
 """
 
@@ -88,7 +94,7 @@ def run(folder: Path) -> Iterator[Path]:
             _wait_until_ready(folder, daemon)
             yield folder
         finally:
-            daemon.kill()
+            _end(daemon)
     _keep_capabilities(folder)
 
 
@@ -121,6 +127,17 @@ def _prepare(folder: Path) -> None:
     # Probing QEMU takes seconds, and libvirt checks for itself whether what it found last time still holds.
     if _CAPABILITIES.exists():
         shutil.copytree(_CAPABILITIES, folder / "cache" / "qemu" / "capabilities")
+
+
+def _end(daemon: subprocess.Popen[bytes]) -> None:
+    """Kill the first process of the namespace: when that has been waited for, none of the others is left."""
+    if daemon.poll() is not None:
+        return
+    first = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split()
+    if first:
+        os.kill(int(first[0]), signal.SIGKILL)
+    else:
+        daemon.kill()
 
 
 def _keep_capabilities(folder: Path) -> None:

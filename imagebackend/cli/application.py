@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import logging
 import sys
@@ -38,10 +39,8 @@ class Application(click.Group):
         options = {**extra, "prog_name": _PROGRAM, "standalone_mode": False, "obj": session}
         try:
             status = super().main(arguments, **options)
-        except (click.ClickException, click.Abort, exceptions.ImageBackendError) as error:
-            status = _report(session, error)
+        # Also what nobody foresaw: a shell is no place for a traceback that nobody asked for.
         except Exception as error:
-            # A defect of ours, or a machine that behaves as nobody foresaw.
             status = _report(session, error)
         sys.exit(status if isinstance(status, int) else 0)
 
@@ -64,7 +63,7 @@ class Application(click.Group):
     "config_files",
     multiple=True,
     metavar="FILE",
-    type=click.Path(),
+    type=click.Path(exists=True, dir_okay=False),
     help=f"Read this ini file; a later one overrides an earlier one. Default: {DEFAULT_CONFIG_FILE}, if it is there.",
 )
 @click.option(
@@ -72,7 +71,7 @@ class Application(click.Group):
     "config_dirs",
     multiple=True,
     metavar="FOLDER",
-    type=click.Path(),
+    type=click.Path(exists=True, file_okay=False),
     help="Read the *.conf files of this folder after them, in sorted order.",
 )
 @click.option("--json", is_flag=True, help="Print one JSON document, errors included, on stdout, and no progress.")
@@ -107,8 +106,9 @@ application.add_command(doctor)
 def run() -> int:
     """Run the command with the process's arguments, signals and streams; return the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        # A name in another encoding than the terminal's is shown escaped.
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # real streams, not a test's
+        # A name in another encoding than the terminal's is shown escaped. A stream that is closed is None.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     session = Session()
     with session.interruption.handled():
         try:
@@ -139,12 +139,11 @@ def _logging(session: Session) -> Iterator[None]:
 
 def _report(session: Session, error: Exception) -> int:
     """Tell an error, and return the exit status for it."""
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        error.show()
-        return exit_status.USAGE
     status = _status(session, error)
     if session.json:
         click.echo(output.to_json({"error": _document(error, status)}))
+    elif isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
     else:
         if session.verbosity >= len(_LEVELS) - 1:
             click.echo("".join(traceback.format_exception(error)).rstrip(), err=True)
@@ -166,6 +165,8 @@ def _status(session: Session, error: Exception) -> int:
 
 
 def _message(error: Exception) -> str:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return "Missing command."
     if isinstance(error, click.ClickException):
         return error.format_message()
     if isinstance(error, click.Abort):

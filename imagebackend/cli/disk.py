@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from imagebackend import exceptions
 from imagebackend.cli import output
 from imagebackend.cli.disk_creation import create
 from imagebackend.cli.disks import describe, find
+from imagebackend.cli.exit_status import status_of
 from imagebackend.cli.output import human_size
 from imagebackend.cli.parameters import FILE_FORMATS, complete_disk, complete_instance, parse_size
 from imagebackend.cli.session import Session
@@ -41,7 +43,11 @@ disk.add_command(snapshot)
 @click.pass_obj
 def list_(session: Session, instance: str | None) -> None:
     """List the disks of an instance, or of all."""
-    described = [_describe_soundly(image) for image in session.backend.disks(instance)]
+    described = []
+    for image in session.backend.disks(instance):
+        # One that was removed since it was found is no longer a disk.
+        with contextlib.suppress(exceptions.DiskNotFound):
+            described.append(_describe_soundly(image))
     rows = [
         (
             each["instance"],
@@ -83,16 +89,16 @@ def show(session: Session, instance: str, disk: str) -> None:
 
 @disk.command
 @click.option("--bus", type=click.Choice(_BUSES), default="virtio", show_default=True, help="The guest's controller.")
-@click.option("--dev", default="vda", show_default=True, help="The name of the device in the guest.")
+@click.option("--dev", metavar="NAME", default="vda", show_default=True, help="The name of the device in the guest.")
 @click.option("--device", type=click.Choice(_DEVICES), default="disk", show_default=True, help="What the guest sees.")
 @click.option(
     "--cache-mode",
     type=click.Choice(_CACHE_MODES),
     help="Default: as [libvirt] disk_cachemodes says, or none where direct I/O works and writeback elsewhere.",
 )
-@click.option("--boot-order", type=click.IntRange(min=1), help="The place in the boot order.")
-@click.option("--unit", type=click.IntRange(min=0), help="The unit on the SCSI controller.")
-@click.option("--serial", help="The serial number that the guest sees.")
+@click.option("--boot-order", metavar="NUMBER", type=click.IntRange(min=1), help="The place in the boot order.")
+@click.option("--unit", metavar="NUMBER", type=click.IntRange(min=0), help="The unit on the SCSI controller.")
+@click.option("--serial", metavar="NUMBER", help="The serial number that the guest sees.")
 @click.option(
     "--extra-spec",
     "extra_specs",
@@ -160,7 +166,10 @@ def resize(session: Session, instance: str, disk: str, size: int, domain: str | 
 @click.argument("disk", shell_complete=complete_disk)
 @click.pass_obj
 def flatten(session: Session, instance: str, disk: str) -> None:
-    """Cut the tie to the template: the disk then holds all its data itself."""
+    """Cut a disk's tie to its template.
+
+    The disk then holds all its data itself, and the template can be removed.
+    """
     image = find(session.backend, instance, disk)
     with session.progress(f"Flattening {disk}") as progress:
         image.flatten(progress=progress)
@@ -171,10 +180,13 @@ def flatten(session: Session, instance: str, disk: str) -> None:
 @click.option("--format", "out_format", type=click.Choice(FILE_FORMATS), help="Default: as configured, or the disk's.")
 @click.argument("instance", shell_complete=complete_instance)
 @click.argument("disk", shell_complete=complete_disk)
-@click.argument("target", type=click.Path())
+@click.argument("target", type=click.Path(readable=False))
 @click.pass_obj
 def extract(session: Session, instance: str, disk: str, target: str, out_format: str | None) -> None:
-    """Write a standalone copy of a disk to a file, replacing what is there once the copy is whole."""
+    """Write a standalone copy of a disk to a file.
+
+    A file that is there is replaced once the copy is whole.
+    """
     image = find(session.backend, instance, disk)
     with session.progress(f"Extracting {disk}") as progress:
         image.snapshot_extract(target, out_format, progress=progress)
@@ -205,10 +217,12 @@ def _describe_soundly(image: Image) -> dict[str, Any]:
     """Describe a disk also if it is damaged: the list must not end there."""
     try:
         return describe(image)
+    except exceptions.DiskNotFound:
+        raise
     except exceptions.ImageBackendError as error:
         unknown = dict.fromkeys(("format", "size", "allocated", "template"))
         names = {"instance": image.instance, "disk": image.disk_name, "path": image.path}
-        return {**names, **unknown, "error": output.error_document(error, 1)}
+        return {**names, **unknown, "error": output.error_document(error, status_of(error))}
 
 
 def _size(size: int | None) -> str:

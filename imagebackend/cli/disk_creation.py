@@ -31,7 +31,9 @@ _CONTENTS = ("blank", "ephemeral", "swap")
 
 
 @click.command
-@click.option("--template", shell_complete=complete_template, help="Make it from this template of the cache.")
+@click.option(
+    "--template", metavar="NAME", shell_complete=complete_template, help="Make it from this template of the cache."
+)
 @click.option("--from", "url", metavar="URL_OR_FILE", help="Fetch the template from here if it is not in the cache.")
 @click.option(
     "--format",
@@ -45,9 +47,17 @@ _CONTENTS = ("blank", "ephemeral", "swap")
 @click.option("--blank", "content", flag_value="blank", help="Make an empty disk, without a template.")
 @click.option("--ephemeral", "content", flag_value="ephemeral", help="Make a disk with an empty file system.")
 @click.option("--swap", "content", flag_value="swap", help="Make a swap disk.")
-@click.option("--filesystem", help="With --ephemeral. Default: as configured, or what suits --os-type.")
-@click.option("--os-type", default="linux", show_default=True, help="With --ephemeral: the guest's operating system.")
-@click.option("--label", help="With --ephemeral and --swap: the label.")
+@click.option(
+    "--filesystem", metavar="NAME", help="With --ephemeral. Default: as configured, or what suits --os-type."
+)
+@click.option(
+    "--os-type",
+    metavar="NAME",
+    default="linux",
+    show_default=True,
+    help="With --ephemeral: the guest's operating system.",
+)
+@click.option("--label", metavar="NAME", help="With --ephemeral and --swap: the label.")
 @click.option("--size", metavar="SIZE", type=parse_size, help="Default: as large as the template.")
 @click.option("--type", "image_type", metavar="TYPE", help="raw, qcow2 … Default: [libvirt] images_type.")
 @click.argument("instance", shell_complete=complete_instance)
@@ -68,7 +78,10 @@ def create(
     size: int | None,
     image_type: str | None,
 ) -> None:
-    """Make a disk from a template; or an empty one, or one with a file system or swap area."""
+    """Make a disk from a template, or an empty or formatted one.
+
+    The template has to be in the cache, or --from says where to fetch it.
+    """
     if (template or url) and content:
         raise click.UsageError(f"--{content} is for disks without a template")
     if (claimed or checksum) and not url:

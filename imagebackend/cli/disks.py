@@ -52,9 +52,18 @@ def describe(image: Image) -> dict[str, Any]:
         "path": image.path,
         "format": image.resolve_driver_format(),
         "size": image.get_disk_size(image.path),
-        "allocated": os.stat(image.path).st_blocks * 512 if is_file else None,
+        "allocated": _allocated(image.path) if is_file else None,
         "template": template,
         "backing_files": backing_files,
         "in_use": image_lock.is_in_use(image.path) if is_file else None,
         "snapshots": [dataclasses.asdict(each) for each in image.list_snaps()],
     }
+
+
+def _allocated(path: str) -> int:
+    try:
+        return os.stat(path).st_blocks * 512
+    except FileNotFoundError as error:
+        raise exceptions.DiskNotFound(path) from error
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ class Tally:
         self._exit_status = 0
 
     @contextlib.contextmanager
-    def one(self, name: str, done: str) -> Any:
+    def one(self, name: str, done: str) -> Iterator[None]:
         """Note whether the block succeeded with ``name``; say ``done`` if so, and the error at once if not.
 
         Cancelling is for all of them, and propagates.

@@ -42,7 +42,7 @@ def template() -> None:
     required=True,
     help="The format that it is said to have.",
 )
-@click.argument("file", type=click.Path())
+@click.argument("file", type=click.Path(readable=False))
 @click.pass_obj
 def check(session: Session, claimed: str, file: str) -> None:
     """Tell whether a file may become a template.
@@ -56,7 +56,7 @@ def check(session: Session, claimed: str, file: str) -> None:
     try:
         # Without O_NONBLOCK a FIFO would hang until somebody writes to it.
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise _unreadable(file, error) from error
     try:
         verdict = inspection.inspect(descriptor, file, claimed)
@@ -79,7 +79,11 @@ def check(session: Session, claimed: str, file: str) -> None:
 
 
 @template.command
-@click.option("--name", help="What to call the template. Default: the last part of the URL, without its extension.")
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="What to call the template. Default: the last part of the URL, without its extension.",
+)
 @click.option(
     "--format",
     "claimed",

@@ -7,6 +7,8 @@ what it meant there. The sample file ``etc/imagebackend/imagebackend.conf.sample
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 
 from oslo_config import cfg
@@ -44,14 +46,17 @@ def load_config(files: Sequence[str] = (), directories: Sequence[str] = ()) -> c
 
     :param files: ini files; a later one overrides an earlier one.
     :param directories: folders whose ``*.conf`` files are read after them, in sorted order.
-    :raises InvalidConfiguration: a file cannot be read or parsed, or a value is not of its option's type.
+    :raises InvalidConfiguration: a file or folder cannot be read or parsed, or a value is not of its option's type.
     """
     conf = cfg.ConfigOpts()
     register_opts(conf)
     try:
+        # oslo.config passes over folders that are not there.
+        for directory in directories:
+            os.listdir(directory)
         # Without a project name oslo.config would look for files of its own choosing.
         conf([], project="imagebackend", default_config_files=list(files), default_config_dirs=list(directories))
-    except cfg.Error as error:
+    except (cfg.Error, OSError, UnicodeDecodeError) as error:
         raise exceptions.InvalidConfiguration("configuration files", str(error)) from error
     check(conf)
     return conf
@@ -66,6 +71,16 @@ def check(conf: cfg.ConfigOpts) -> None:
         for option in options:
             try:
                 section = conf if group == "DEFAULT" else conf[group]
-                section[option.dest]
+                value = section[option.dest]
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{value} is not a number of seconds")
             except (cfg.Error, ValueError) as error:
-                raise exceptions.InvalidConfiguration(f"[{group}] {option.name}", str(error)) from error
+                raise exceptions.InvalidConfiguration(f"[{group}] {option.name}", _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    # What oslo.config raises for everything but a bad value; what was wrong, such as a $name of nothing, it hides.
+    if isinstance(error, cfg.NoSuchOptError) and error.__context__ is not None:
+        return str(error.__context__)
+    # What comes before is the option's name and the last file read, whichever file had the value.
+    return str(error).rpartition(" is not valid: ")[2]

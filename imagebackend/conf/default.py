@@ -21,7 +21,8 @@ Where disks are stored: each instance has a folder of its own here, the template
 [image_cache] subdirectory_name, and lock files are in 'locks'. Hosts that share this folder share its templates.
 """,
     ),
-    cfg.HostAddressOpt(
+    # Not a type that checks it: what a machine is called already must not keep the library from being imported.
+    cfg.StrOpt(
         "host",
         default=socket.gethostname(),
         sample_default="<current_hostname>",

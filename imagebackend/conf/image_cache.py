@@ -15,13 +15,19 @@ OPTIONS = (
         "fetch_timeout",
         default=60.0,
         min=0.001,
-        help="After how many seconds without any data a transfer is given up.",
+        help="""
+After how many seconds with less than 1 KiB of data each a connection counts as broken; fetch_retries says how often
+it is taken up again.
+""",
     ),
     cfg.IntOpt(
         "fetch_retries",
         default=5,
         min=0,
-        help="How often a transfer is taken up again after a connection error or a server's error (5xx).",
+        help="""
+How often a transfer is taken up again after a broken or stalled connection, a server's error (5xx), or being told to
+come back later (429).
+""",
     ),
     cfg.IntOpt(
         "max_virtual_size",

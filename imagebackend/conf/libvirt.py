@@ -3,8 +3,21 @@
 
 from __future__ import annotations
 
-from oslo_config import cfg
+from typing import Any
+
+from oslo_config import cfg, types
 from oslo_utils import units
+
+
+class PowerOfTwo(types.Integer):
+    """An integer that is a power of two."""
+
+    def __call__(self, value: Any) -> int | float | None:
+        number = super().__call__(value)
+        if isinstance(number, int) and number & (number - 1):
+            raise ValueError(f"{number} is not a power of two")
+        return number
+
 
 OPTIONS = (
     cfg.StrOpt(
@@ -61,9 +74,9 @@ I/O, 'writeback' otherwise.
     ),
     cfg.IntOpt(
         "images_address_space_limit",
-        default=2 * units.Gi,
-        min=128 * units.Mi,
-        help="How many bytes of memory a tool that reads an image may use.",
+        default=2,
+        min=1,
+        help="How many gibibytes of memory a tool that reads an image may use.",
     ),
     cfg.IntOpt(
         "images_tool_timeout",
@@ -71,11 +84,10 @@ I/O, 'writeback' otherwise.
         min=1,
         help="After how many seconds a conversion, or any other tool that works on a whole disk, is killed.",
     ),
-    cfg.IntOpt(
+    cfg.Opt(
         "images_qcow2_cluster_size",
+        type=PowerOfTwo(min=512, max=2 * units.Mi),
         default=65536,
-        min=512,
-        max=2 * units.Mi,
         help="""
 The cluster size of new qcow2 disks, in bytes: a power of two from 512 to 2097152. Larger clusters need less memory
 for metadata, smaller ones less copying when a guest writes little.

@@ -102,7 +102,8 @@ class Image(abc.ABC):
 
         :raises InvalidName: the path is not absolute, or does not end in names.
         """
-        if not os.path.isabs(path) or os.path.normpath(path) != path:
+        # POSIX lets '//' at the beginning mean something else, so that normpath leaves it.
+        if not os.path.isabs(path) or path.startswith("//") or os.path.normpath(path) != path:
             raise exceptions.InvalidName("disk", path, "an absolute path without '.', '..' and '//' is needed")
         folder, disk_name = os.path.split(path)
         return os.path.basename(folder), disk_name

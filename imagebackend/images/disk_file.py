@@ -40,7 +40,7 @@ def for_disk(conf: cfg.ConfigOpts, instance: object, disk_name: str) -> DiskFile
 def tool_options(conf: cfg.ConfigOpts) -> dict[str, Any]:
     """Return the deadline and limits for a tool that works on a whole disk, as keyword arguments."""
     timeout = conf.libvirt.images_tool_timeout
-    limits = process.Limits(cpu_time=timeout, address_space=conf.libvirt.images_address_space_limit)
+    limits = process.Limits(cpu_time=timeout, address_space=conf.libvirt.images_address_space_limit << 30)
     return {"timeout": timeout, "limits": limits}
 
 

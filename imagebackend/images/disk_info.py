@@ -73,20 +73,13 @@ def _change(path: str, disk_format: str | None, *, lock: str, timeout: float, du
 
 
 def _read(file: str) -> dict[str, str]:
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (FileNotFoundError, NotADirectoryError):
+    content = publish.read_file(file, _LARGEST)
+    if content is None:
         return {}
-    except OSError as error:
-        raise exceptions.storage_error(error, file) from error
-    try:
-        content = os.read(descriptor, _LARGEST)
-    finally:
-        os.close(descriptor)
     way_out = "write it anew, as a JSON object from the absolute path of each disk to its format"
     try:
         formats = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise exceptions.CorruptRecord(file, f"not JSON ({error}); {way_out}") from error
     if not isinstance(formats, dict) or not all(isinstance(value, str) for value in formats.values()):
         raise exceptions.CorruptRecord(file, f"not an object of strings; {way_out}")

@@ -21,7 +21,7 @@ SHA256 = "sha256"
 BLOCKS = "sha256-1m"
 
 _BLOCK = 1 << 20
-_MOST_ZEROS = 4096
+_MOST_ZEROS = 1 << 16
 _ZERO_BLOCK = hashlib.sha256(bytes(_BLOCK)).digest()
 
 
@@ -43,17 +43,18 @@ def compute(descriptor: int, algorithm: str, name: str, progress: Callable[[int,
     try:
         size = os.fstat(descriptor).st_size
         while offset < size:
+            zeros = 0
             if algorithm == BLOCKS:
                 zeros = min((_next_data(descriptor, offset, size) - offset) // _BLOCK, _MOST_ZEROS)
-                if zeros:
-                    total.update(_ZERO_BLOCK * zeros)
-                    offset += zeros * _BLOCK
-                    continue
-            block = buffer[: min(_BLOCK, size - offset)]
-            if os.preadv(descriptor, [block], offset) != len(block):
-                raise exceptions.StorageError(name, "became shorter while it was read")
-            total.update(hashlib.sha256(block).digest() if algorithm == BLOCKS else block)
-            offset += len(block)
+            if zeros:
+                total.update(_ZERO_BLOCK * zeros)
+                offset += zeros * _BLOCK
+            else:
+                block = buffer[: min(_BLOCK, size - offset)]
+                if os.preadv(descriptor, [block], offset) != len(block):
+                    raise exceptions.StorageError(name, "became shorter while it was read")
+                total.update(hashlib.sha256(block).digest() if algorithm == BLOCKS else block)
+                offset += len(block)
             if progress is not None:
                 progress(offset, size)
     except OSError as error:
@@ -63,7 +64,8 @@ def compute(descriptor: int, algorithm: str, name: str, progress: Callable[[int,
 
 def _next_data(descriptor: int, offset: int, size: int) -> int:
     try:
-        return os.lseek(descriptor, offset, os.SEEK_DATA)
+        # It may have grown meanwhile.
+        return min(os.lseek(descriptor, offset, os.SEEK_DATA), size)
     except OSError as error:
         if error.errno == errno.ENXIO:
             return size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New files that appear whole: filled under a temporary name, made durable, then renamed to their own.
+"""Files that appear whole: filled under a temporary name, made durable, then renamed to their own.
 
 The caller holds the lock under which the file is made, so that one maker at most uses its temporary name, and
 whatever a killed one left there may be thrown away.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 
@@ -19,11 +20,15 @@ __all__ = [
     "create",
     "new_file",
     "partial_path",
+    "read_file",
     "remove_file",
     "remove_quietly",
     "sync_folder",
     "write_file",
 ]
+
+
+_ATTEMPTS = 10
 
 
 def partial_path(path: str) -> str:
@@ -36,7 +41,7 @@ def partial_path(path: str) -> str:
 def new_file(path: str, *, durable: bool) -> Iterator[tuple[int, str]]:
     """Give an empty file to fill in the block; it gets its name, replacing what has it, at the end of the block.
 
-    On an exception the file is removed and nothing has changed. Its mode is 0600.
+    On an exception the file is removed and nothing has changed. Its mode is 0600, that of folders that were made 0755.
 
     :param path: the final name, absolute.
     :param durable: the data reach stable storage before the name does, and the name before the block is left.
@@ -89,7 +94,7 @@ def commit(descriptor: int, partial: str, path: str, *, durable: bool) -> None:
 
 
 def write_file(path: str, content: bytes, *, durable: bool) -> None:
-    """Replace a small file in one step, without syncing its folder: the caller does that, once for all.
+    """Replace a small file, of mode 0600, in one step, without syncing its folder: the caller does, once for all.
 
     :raises InsufficientSpace, PermissionDenied, StorageError: the old content, if any, is still there.
     """
@@ -99,6 +104,7 @@ def write_file(path: str, content: bytes, *, durable: bool) -> None:
             descriptor = create(partial)
             undo.callback(remove_quietly, partial)
             try:
+                os.fchmod(descriptor, 0o600)
                 left = memoryview(content)
                 while left:
                     left = left[os.write(descriptor, left) :]
@@ -110,6 +116,23 @@ def write_file(path: str, content: bytes, *, durable: bool) -> None:
                 os.close(descriptor)
             undo.pop_all()
         faults.point("publish.renamed")
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+
+
+def read_file(path: str, largest: int) -> bytes | None:
+    """Return the content of a small file, of which at most ``largest`` bytes are read, or None if it is not there.
+
+    :raises PermissionDenied, StorageError: it cannot be read, or is a link.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            return os.read(descriptor, largest)
+        finally:
+            os.close(descriptor)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError as error:
         raise exceptions.storage_error(error, path) from error
 
@@ -149,17 +172,36 @@ def create(partial: str) -> int:
     :raises OSError: as the operating system says.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        return os.open(partial, flags, 0o600)
-    except FileExistsError:
-        # Not truncated but replaced: a tool that the killed maker started may still be writing there.
-        os.unlink(partial)
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(partial), mode=0o755, exist_ok=True)
+    for _ in range(_ATTEMPTS):
+        try:
+            return os.open(partial, flags, 0o600)
+        except FileExistsError:
+            # Not truncated but replaced: a tool that the killed maker started may still be writing there.
+            _remove(partial)
+        except FileNotFoundError:
+            # Perhaps not for the first time: whoever removes the last disk of an instance removes its folder.
+            _make_folder(os.path.dirname(partial))
     return os.open(partial, flags, 0o600)
 
 
 def remove_quietly(partial: str) -> None:
     """Remove a temporary file as an undo step: the error that led here matters more than what is left."""
     with contextlib.suppress(OSError):
+        _remove(partial)
+
+
+def _remove(partial: str) -> None:
+    try:
         os.unlink(partial)
+    except IsADirectoryError:
+        # What a caller's function made of the file that it was to fill.
+        shutil.rmtree(partial)
+
+
+def _make_folder(folder: str) -> None:
+    # Mode 0755 whatever the umask: QEMU runs as a user of its own and has to reach the disks below.
+    if not os.path.isdir(folder):
+        _make_folder(os.path.dirname(folder))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+            os.chmod(folder, 0o755)  # noqa: S103  to be read and entered by everybody

@@ -61,8 +61,8 @@ class TemplateCache:
 
         :raises InvalidName: it is neither.
         """
-        folder, _, name = base.rpartition("/")
-        if folder not in ("", self._folder):
+        folder, slash, name = base.rpartition("/")
+        if slash and folder != self._folder:
             raise exceptions.InvalidName("template", base, f"neither a name nor a path in {self._folder}")
         return names.check_name("template", name)
 
@@ -224,13 +224,15 @@ class TemplateCache:
                 raise exceptions.TemplateNotFound(name)
             expected = template.digest
             with _open_image(path) as descriptor:
-                actual = digest.compute(descriptor, expected.partition(":")[0], path, progress)
+                # Before it is read: what is changed while it is read, behind the reader, must show as changed later.
                 found = os.fstat(descriptor)
+                actual = digest.compute(descriptor, expected.partition(":")[0], path, progress)
         if actual != expected:
             raise exceptions.CorruptRecord(
                 path, f"the template is damaged: its digest is {actual}, recorded as {expected}; restore or remove it"
             )
-        return self._accept_times(template, found)
+        # Same bytes, another time of change: a copy or a restore touched the file, not its content.
+        return template if found.st_mtime_ns == template.modified else self._accept_time(template, found.st_mtime_ns)
 
     def remove(self, name: str) -> None:
         """Remove a template that no disk depends on.
@@ -364,13 +366,13 @@ class TemplateCache:
         if size and verdict.virtual_size > size:
             raise exceptions.DiskTooSmall(name, size, verdict.virtual_size, "the template's virtual size")
 
-    def _accept_times(self, template: Template, found: os.stat_result) -> Template:
-        # Same bytes, another time of change: a copy or a restore touched the file, not its content.
-        if found.st_mtime_ns == template.modified:
-            return template
+    def _accept_time(self, template: Template, modified: int) -> Template:
+        refreshed = dataclasses.replace(template, modified=modified)
+        faults.point("template.verify.touched")
         with self._lock(template.name):
-            refreshed = dataclasses.replace(template, modified=found.st_mtime_ns)
-            record.write(self._record(template.name), refreshed, durable=self._conf.durable_writes)
+            # It may have been removed, or fetched anew, since it was read.
+            if record.read(self._record(template.name), template.path, check_file=False) == template:
+                record.write(self._record(template.name), refreshed, durable=self._conf.durable_writes)
         return refreshed
 
 

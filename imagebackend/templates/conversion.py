@@ -59,7 +59,7 @@ def to_raw(
             return
     timeout = conf.libvirt.images_tool_timeout
     # The time limit is for reading facts; a conversion's CPU time grows with the image and is bounded by the timeout.
-    limits = process.Limits(cpu_time=timeout, address_space=conf.libvirt.images_address_space_limit)
+    limits = process.Limits(cpu_time=timeout, address_space=conf.libvirt.images_address_space_limit << 30)
     qemu_img.convert(
         source_path, verdict.format, target_path, "raw", progress=progress, timeout=timeout, limits=limits
     )

@@ -91,8 +91,9 @@ def read_all(folder: str, template: str) -> list[Lease]:
             except FileNotFoundError:
                 continue  # dropped since it was listed
             instance, _, disk = link.partition(":")
-            host, _, path = target.partition(":")
-            found.append(Lease(template, Owner(instance, disk, host, path)))
+            # The path is absolute, and a host may be an IPv6 address.
+            host, _, path = target.partition(":/")
+            found.append(Lease(template, Owner(instance, disk, host, f"/{path}")))
     except FileNotFoundError:
         return []
     except OSError as error:

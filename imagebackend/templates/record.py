@@ -10,7 +10,7 @@ import stat
 from typing import Any
 
 from imagebackend import exceptions
-from imagebackend.storage import publish
+from imagebackend.storage import digest, publish
 
 __all__ = ["Template", "read", "write"]
 
@@ -79,16 +79,9 @@ def read(record_path: str, path: str, *, check_file: bool = True) -> Template | 
     :param check_file: make sure that it has the length and time of change that were recorded.
     :raises CorruptRecord: the record cannot be understood, or the file is not the one that was recorded.
     """
-    try:
-        descriptor = os.open(record_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
+    content = publish.read_file(record_path, _LARGEST)
+    if content is None:
         return None
-    except OSError as error:
-        raise exceptions.storage_error(error, record_path) from error
-    try:
-        content = os.read(descriptor, _LARGEST)
-    finally:
-        os.close(descriptor)
     template = _parse(record_path, path, content)
     if check_file:
         _check_file(template)
@@ -100,7 +93,7 @@ def _parse(record_path: str, path: str, content: bytes) -> Template:
     try:
         fields = json.loads(content)
         version = fields.pop("version")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise exceptions.CorruptRecord(record_path, f"not a template's record ({error}); {way_out}") from error
     if version != _VERSION:
         reason = f"version {version!r} is not known here; it was written by another release"
@@ -111,7 +104,20 @@ def _parse(record_path: str, path: str, content: bytes) -> Template:
             raise exceptions.CorruptRecord(record_path, f"{name} is missing or not a {expected.__name__}; {way_out}")
     # A later release may add fields; those it has to have are checked above.
     known = {name: fields[name] for name in _KINDS}
-    return Template(**{**known, "notes": tuple(known["notes"]), "path": path})
+    template = Template(**{**known, "notes": tuple(known["notes"]), "path": path})
+    if not _is_possible(template):
+        raise exceptions.CorruptRecord(record_path, f"no template can be what it says; {way_out}")
+    return template
+
+
+def _is_possible(template: Template) -> bool:
+    return (
+        template.name == os.path.basename(template.path)
+        and template.format in ("raw", "qcow2")
+        and min(template.virtual_size, template.size) >= 0
+        and template.digest.partition(":")[0] in (digest.SHA256, digest.BLOCKS)
+        and all(isinstance(note, str) for note in template.notes)
+    )
 
 
 def _check_file(template: Template) -> None:

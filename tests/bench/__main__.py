@@ -33,6 +33,7 @@ def main() -> int:
         for figure in figures.FIGURES:
             if options.only and figure.name not in options.only:
                 continue
+            sys.stderr.write(f"{figure.name}: {figure.about}\n")
             try:
                 found = figure.run(bench, figure.name)
                 rows += [row for row in found if isinstance(row, report.Row)]

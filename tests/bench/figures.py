@@ -24,6 +24,7 @@ _GIB, _MIB = 1 << 30, 1 << 20
 _TEMPLATE = "template"
 NOVA = "Nova 34.0.0"
 _REFLINK, _REFLINK_SYNC = "cp --reflink=always", "cp --reflink=always, fsync"
+_SCALES = {"s": 1, "ms": 1e3, "µs": 1e6}
 _SIDES = {"own": OWN, "nova": NOVA}
 
 Contender = Callable[[], Timing]
@@ -136,9 +137,9 @@ def warm_qcow2(bench: Bench, figure: str) -> list[Row | CountRow]:
             contenders = _creators(bench, workers, count)
             contenders[tool] = functools.partial(_qemu_img_create, bench, count)
             title = f"warm qcow2 disk, {count} in turn"
-            values = _per_item(bench.interleave(title, contenders), 1e3)
+            results = bench.interleave(title, contenders)
             commands = {tool: "qemu-img create -q -f qcow2 -F raw -b TEMPLATE DISK SIZE"}
-            rows.append(Row(figure, title, "ms a disk", values, {NOVA: 60, tool: 4}, commands=commands))
+            rows.append(_row(figure, title, "ms a disk", results, {NOVA: 60, tool: 4}, commands=commands))
     return rows
 
 
@@ -149,7 +150,7 @@ def warm_qcow2_threads(bench: Bench, figure: str) -> list[Row | CountRow]:
         for threads in (8, 32):
             title = f"warm qcow2 disk, {count} by {threads} threads"
             results = bench.interleave(title, _creators(bench, workers, count, threads))
-            rows.append(Row(figure, f"{title}: throughput", "ms a disk", _per_item(results, 1e3), {NOVA: 60}))
+            rows.append(_row(figure, f"{title}: throughput", "ms a disk", results, {NOVA: 60}))
             middle = _each(results, lambda each: statistics.median(each) * 1e3)
             late = _each(results, lambda each: statistics.quantiles(each, n=10)[8] * 1e3)
             tail = _each(results, lambda each: statistics.quantiles(each, n=10)[8] / statistics.median(each))
@@ -178,14 +179,14 @@ def raw_reflink(bench: Bench, figure: str) -> list[Row | CountRow]:
     with bench.warm_workers("raw", bench.xfs) as workers, bench.hasty_worker("raw", bench.xfs) as hasty:
         title = f"warm raw disk on XFS, {count} in turn"
         contenders = {**_creators(bench, workers, count), **tools}
-        durable = _per_item(bench.interleave(title, contenders), 1e3)
+        durable = bench.interleave(title, contenders)
         without = f"{title}, durable_writes = false"
         contenders = {**_creators(bench, {"own": hasty}, count), _REFLINK: tools[_REFLINK]}
-        not_durable = _per_item(bench.interleave(without, contenders), 1e3)
+        not_durable = bench.interleave(without, contenders)
     os.unlink(source)
     return [
-        Row(figure, title, "ms a disk", durable, {NOVA: 60, _REFLINK: 3, _REFLINK_SYNC: 1}, commands=commands),
-        Row(figure, without, "ms a disk", not_durable, {_REFLINK: 3}),
+        _row(figure, title, "ms a disk", durable, {NOVA: 60, _REFLINK: 3, _REFLINK_SYNC: 1}, commands=commands),
+        _row(figure, without, "ms a disk", not_durable, {_REFLINK: 3}),
     ]
 
 
@@ -197,9 +198,9 @@ def raw_copy(bench: Bench, figure: str) -> list[Row | CountRow]:
         contenders[tool] = functools.partial(_copy, bench.template, 1, ["cp"], _sync_file)
         contenders[bare] = functools.partial(_copy, bench.template, 1, ["cp"], None)
         title = f"warm raw disk on {kind}, {bench.data_size // _MIB} MiB of data"
-        values = _per_item(bench.interleave(title, contenders), 1e3)
+        results = bench.interleave(title, contenders)
     commands = {tool: "cp TEMPLATE DISK, then fdatasync(2)", bare: "cp TEMPLATE DISK, not durable"}
-    return [Row(figure, title, "ms a disk", values, {tool: 1, NOVA: 1.3}, commands=commands)]
+    return [_row(figure, title, "ms a disk", results, {tool: 1}, commands=commands)]
 
 
 def existing_disk(bench: Bench, figure: str) -> list[Row | CountRow]:
@@ -211,8 +212,8 @@ def existing_disk(bench: Bench, figure: str) -> list[Row | CountRow]:
             worker.call("cache", **arguments)
             contenders[_SIDES[side]] = functools.partial(worker.call, "cache", **arguments)
         title = "cache() on an existing qcow2 disk"
-        values = _per_item(bench.interleave(title, contenders), 1e3)
-    return [Row(figure, title, "ms", values, {NOVA: 300}, limit=1)]
+        results = bench.interleave(title, contenders)
+    return [_row(figure, title, "ms", results, {NOVA: 300}, limit=1)]
 
 
 def disk_xml(bench: Bench, figure: str) -> list[Row | CountRow]:
@@ -229,8 +230,7 @@ def disk_xml(bench: Bench, figure: str) -> list[Row | CountRow]:
                 _SIDES[side]: functools.partial(worker.call, "describe", instance="described", times=times, anew=anew)
                 for side, worker in workers.items()
             }
-            values = _per_item(bench.interleave(title, contenders), 1e6)
-            rows.append(Row(figure, title, "µs", values, {NOVA: 1}))
+            rows.append(_row(figure, title, "µs", bench.interleave(title, contenders), {NOVA: 1}))
     return rows
 
 
@@ -264,7 +264,7 @@ def import_cost(bench: Bench, figure: str) -> list[Row | CountRow]:
             sizes[name].append(int(printed) / 1024)
     shown = {name: f"python -c '{program}'" for name, (_, program) in programs.items()}
     return [
-        Row(figure, f"{title}: wall time", "ms", _per_item(results, 1e3), limit=150, commands=shown),
+        _row(figure, f"{title}: wall time", "ms", results, {}, limit=150, commands=shown),
         Row(figure, f"{title}: largest resident size", "MiB", sizes, limit=30, commands=shown),
     ]
 
@@ -314,8 +314,8 @@ def _cold(
             for algorithm in environment.GLANCE_ALGORITHMS:
                 source = f"{image}-{algorithm}"
                 contenders[f"{NOVA}, {algorithm}"] = functools.partial(_fetch, worker, source, size)
-        values = _per_item(bench.interleave(title, contenders), 1)
-    return [Row(figure, title, "s", values, {f"{NOVA}, {environment.GLANCE_ALGORITHMS[0]}": 1 / 0.6})]
+        results = bench.interleave(title, contenders)
+    return [_row(figure, title, "s", results, {f"{NOVA}, {environment.GLANCE_ALGORITHMS[0]}": 1 / 0.6})]
 
 
 def _make_image(web: str, image: str, size: int, write_data: Callable[[str, int], None], options: list[str]) -> int:
@@ -380,9 +380,9 @@ def _count_side(bench: Bench, figure: str, side: str, images_type: str, place: s
     setup = (
         f"import sys; sys.path.insert(0, {peers.ROOT!r}); from tests.bench import {side}_peer\n"
         f"peer = {side}_peer.Peer({f'{place}/{side}-{images_type}/bench.conf'!r})\n"
-        f"peer.cache({_TEMPLATE!r}, ['first'], {bench.virtual_size})\n"
+        f"peer.make({_TEMPLATE!r}, 'first', {bench.virtual_size})\n"
     )
-    script = f"peer.cache({_TEMPLATE!r}, ['counted'], {bench.virtual_size})"
+    script = f"peer.make({_TEMPLATE!r}, 'counted', {bench.virtual_size})"
     rows: list[Row | CountRow] = []
     for title, before in ((f"warm {images_type} disk", ""), (f"cache() on an existing {images_type} disk", script)):
         progress(f"{title}: counting {_SIDES[side]}")
@@ -395,8 +395,22 @@ def _instances(count: int) -> list[str]:
     return [str(uuid.uuid4()) for _ in range(count)]
 
 
-def _per_item(results: dict[str, list[Timing]], scale: float) -> dict[str, list[float]]:
-    return {name: [t["wall"] / t["count"] * scale for t in timings] for name, timings in results.items()}
+def _row(
+    figure: str,
+    title: str,
+    unit: str,
+    results: dict[str, list[Timing]],
+    targets: dict[str, float],
+    *,
+    limit: float | None = None,
+    commands: dict[str, str] | None = None,
+) -> Row:
+    scale = _SCALES[unit.partition(" ")[0]]
+    wall, cpu = (
+        {name: [t[clock] / t["count"] * scale for t in timings] for name, timings in results.items()}
+        for clock in ("wall", "cpu")
+    )
+    return Row(figure, title, unit, wall, targets, limit, commands or {}, cpu)
 
 
 def _each(results: dict[str, list[Timing]], read: Callable[[list[float]], float]) -> dict[str, list[float]]:

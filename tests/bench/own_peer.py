@@ -33,10 +33,11 @@ class Peer:
     def cache(self, template: str, instances: list[str], size: int, threads: int = 1) -> worker.Timing:
         """Make a disk for each instance from a template that is in the cache, or find it made."""
 
-        def one(instance: str) -> None:
-            self.backend.image(instance, "disk").cache(fetch_func=_never, filename=template, size=size)
+        return worker.spread(lambda instance: self.make(template, instance, size), instances, threads)
 
-        return worker.spread(one, instances, threads)
+    def make(self, template: str, instance: str, size: int) -> None:
+        """Make one disk, or find it made, without a clock."""
+        self.backend.image(instance, "disk").cache(fetch_func=_never, filename=template, size=size)
 
     def fetch(self, template: str, source: str, instance: str, size: int) -> worker.Timing:
         """Make a disk from a template that is not in the cache; ``source`` is the image's URL."""

@@ -6,13 +6,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tests.bench.worker import Timing
+from tests.bench.worker import Clock, Timing
 
 __all__ = ["ROOT", "Worker", "interpreter", "run_tool", "write_configuration"]
 
@@ -91,15 +92,12 @@ class Worker:
         return answer["result"]
 
     def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        """End the process and what it started; nothing that it may be doing is wanted any more."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        # Popen closes the pipes; what was not sent need not be.
+        with contextlib.suppress(BrokenPipeError), self._process:
+            pass
         self._log.close()
 
 
@@ -109,10 +107,10 @@ def run_tool(commands: Sequence[Sequence[str]], after: Callable[[int], object] =
     :param after: called with the number of each command when it is done, within its time.
     """
     each = []
-    started = time.perf_counter_ns()
+    clock = Clock()
     for number, command in enumerate(commands):
         begun = time.perf_counter_ns()
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
         after(number)
         each.append((time.perf_counter_ns() - begun) / 1e9)
-    return {"wall": (time.perf_counter_ns() - started) / 1e9, "count": len(each), "each": each}
+    return clock.timing(len(each), each)

@@ -10,27 +10,41 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import resource
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["Timing", "repeat", "serve", "spread"]
+__all__ = ["Clock", "Timing", "repeat", "serve", "spread"]
 
-#: ``wall``: seconds for all of it; ``count``: how many things were done; ``each``: seconds for each, if timed.
+#: ``wall``: seconds for all of it; ``cpu``: seconds of processor time, of child processes too; ``count``: how many
+#: things were done; ``each``: seconds for each, if timed.
 Timing = dict[str, Any]
+
+
+class Clock:
+    """Seconds since it was made, of the wall clock and of processor time."""
+
+    def __init__(self) -> None:
+        self._cpu = _cpu_time()
+        self._wall = time.perf_counter_ns()
+
+    def timing(self, count: int, each: Sequence[float] = ()) -> Timing:
+        """Return what has passed."""
+        wall = (time.perf_counter_ns() - self._wall) / 1e9
+        return {"wall": wall, "cpu": _cpu_time() - self._cpu, "count": count, "each": list(each)}
 
 
 def repeat(work: Callable[[], object], times: int) -> Timing:
     """Do the same again and again, which is too short to be timed alone; once more beforehand, to have it loaded."""
     work()
-    started = time.perf_counter_ns()
+    clock = Clock()
     for _ in range(times):
         work()
-    wall = (time.perf_counter_ns() - started) / 1e9
-    return {"wall": wall, "count": times, "each": []}
+    return clock.timing(times)
 
 
 def spread(work: Callable[[str], object], items: list[str], threads: int) -> Timing:
@@ -42,15 +56,18 @@ def spread(work: Callable[[str], object], items: list[str], threads: int) -> Tim
         return (time.perf_counter_ns() - started) / 1e9
 
     if threads == 1:
-        started = time.perf_counter_ns()
-        each = [timed(item) for item in items]
-        return {"wall": (time.perf_counter_ns() - started) / 1e9, "count": len(each), "each": each}
+        clock = Clock()
+        return clock.timing(len(items), [timed(item) for item in items])
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         ready = threading.Barrier(threads)
         list(pool.map(lambda _: ready.wait(), range(threads)))
-        started = time.perf_counter_ns()
-        each = list(pool.map(timed, items))
-        return {"wall": (time.perf_counter_ns() - started) / 1e9, "count": len(each), "each": each}
+        clock = Clock()
+        return clock.timing(len(items), list(pool.map(timed, items)))
+
+
+def _cpu_time() -> float:
+    found = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in found)
 
 
 def serve(peer: object) -> None:

@@ -200,7 +200,7 @@ HOSTILE_VHDX: dict[str, tuple[str, Build]] = {
     "size-absurd": ("a VHDX disk of", vhdx_metadata(VIRTUAL_SIZE, struct.pack("<Q", 1 << 60))),
     "size-beyond-table": ("a VHDX block table of", vhdx_metadata(VIRTUAL_SIZE, struct.pack("<Q", 60 << 40))),
     "block-size": ("VHDX blocks of 3 bytes", vhdx_metadata(FILE_PARAMETERS, struct.pack("<II", 3, 0))),
-    "sector-size": ("in sectors of 513", vhdx_metadata(SECTOR_SIZE, struct.pack("<I", 513))),
+    "sector-size": ("VHDX sectors of 4096", vhdx_metadata(SECTOR_SIZE, struct.pack("<I", 4096))),
     "block-outside": ("block .* is not in the file", vhdx_block(1 << 50 | 6)),
     "block-on-headers": ("block on the headers", vhdx_block(6)),
     "block-partly-in-parent": ("partly in a parent", vhdx_block(8 * MIB | 7)),

@@ -22,7 +22,7 @@ def edited(old: bytes, new: bytes, build: Build = SPARSE) -> Build:
     def edit(path: Path) -> None:
         with path.open("rb") as image:
             image.seek(DESCRIPTOR)
-            text = image.read(DESCRIPTOR_SIZE).rstrip(b"\x00")
+            text = image.read(DESCRIPTOR_SIZE).partition(b"\x00")[0]
         assert old in text
         patch(path, DESCRIPTOR, text.replace(old, new).ljust(DESCRIPTOR_SIZE, b"\x00"))
 
@@ -112,7 +112,7 @@ HOSTILE_VMDK: dict[str, tuple[str, Build]] = {
     "foreign-extent-alone": ("line that is not allowed", edited(b"RW 16384 SPARSE", b"RW 16384 FLAT")),
     "extent-elsewhere": ("line that is not allowed", edited(b' SPARSE "', b' SPARSE "/etc/')),
     "extent-above": ("line that is not allowed", edited(b' SPARSE "', b' SPARSE "..\\')),
-    "extent-read-only": ("line that is not allowed", edited(b"RW 16384", b"RDONLY 16384")),
+    "extent-no-access": ("line that is not allowed", edited(b"RW 16384", b"NOACCESS 16384")),
     "extent-twice": ("does not name exactly one extent", with_line(b'RW 16384 SPARSE "other.vmdk"')),
     "extent-in-comment": ("does not name exactly one extent", with_line(b'# rw 16384 flat "/etc/passwd" 0')),
     "extent-none": ("does not name exactly one extent", edited(b"RW 16384", b"#")),
@@ -134,7 +134,7 @@ HOSTILE_VMDK: dict[str, tuple[str, Build]] = {
     "type-none": ("exactly one createtype", edited(b'createType="monolithicSparse"\n', b"")),
     "type-wrong": ("but its flags are", edited(b"monolithicSparse", b"streamOptimized")),
     "line-unknown": ("line that is not allowed: 'include", with_line(b"include /etc/passwd")),
-    "not-ascii": ("not ASCII", with_line(b"# \xff\xfe")),
+    "not-ascii": ("line that is not allowed", with_line(b"parent\xff = 1")),
     "version": ("damaged VMDK header, version 4", changed(4, "<I", 4)),
     "line-ends": ("damaged VMDK header", then(SPARSE, put(LINE_ENDS, b"\n\n\n\n"))),
     "capacity-of-nothing": ("virtual size of 0", changed(CAPACITY, "<Q", 0)),

@@ -50,7 +50,7 @@ conf.clear_override("durable_writes")
     assert (counts.processes, counts.threads, counts.execs) == (0, 0, 0)
     assert counts.syncs == 3  # the disk, its record, their folder
     assert counts.blocked_locks == 0
-    assert counts.total == 47
+    assert counts.total == 51
     assert counts.bytes_written < 1024
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from imagebackend import exceptions, process
 from imagebackend.templates import inspection
@@ -144,6 +147,12 @@ def test_vmdk_stream_with_its_directory_at_the_end_is_accepted(tmp_path: Path) -
     assert assert_accepted(path, "vmdk", "vmdk").notes == ("streamOptimized",)
 
 
+def test_vmdk_stream_by_virtualbox_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    hostile_vmdk.edited(b"RW 16384", b"RDONLY 16384", hostile_vmdk.STREAM)(path)
+    assert_accepted(path, "vmdk", "vmdk")
+
+
 @pytest.mark.parametrize(
     ("creator", "by_footer"),
     [(b"win ", True), (b"qem2", True), (b"d2v ", True), (b"tap\x00", True), (b"CTXS", True), (b"vpc ", False)],
@@ -218,6 +227,35 @@ def test_good_raw_disk_is_accepted(name: str, tmp_path: Path) -> None:
     path = tmp_path / "image"
     build(path)
     assert assert_accepted(path, "raw", "raw").notes == notes
+    assert probed(path) == "raw"
+
+
+def probed(path: Path) -> str:
+    """Return what QEMU takes a file for when nobody tells it."""
+    found: str = json.loads(process.run(["qemu-img", "info", "--output=json", str(path)], timeout=60).stdout)["format"]
+    return found
+
+
+#: What QEMU's probes look for, and what stands around it.
+PROBED = [
+    b"QFI\xfb", b"\x00\x00\x00\x01", b"\x00\x00\x00\x03", b"QED\x00", b"KDMV", b"COWD", b"conectix", b"vhdxfile",
+    b"WithoutFreeSpace", b"WithouFreSpacExt", b"\x02\x00\x00\x00", b"Bochs Virtual HD Image", b"\x7f\x10\xda\xbe",
+    b"LUKS\xba\xbe", b"\x00\x01", b"#!/bin/sh\n", b"#V2.0 Format\n", b"# Disk DescriptorFile\n", b"#", b" ", b"\n",
+    b"\r\n", b"version=1\n", b"version=2\r\n", b"version=3\n", b"x", bytes(64), b"OOOM",
+]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=150)
+@given(pieces=st.lists(st.sampled_from(PROBED), max_size=6))
+def test_what_is_accepted_as_raw_is_raw_to_qemus_probes(pieces: list[bytes]) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        path = Path(file.name)
+        content(b"".join(pieces), 64 * 1024)(path)
+        try:
+            inspect(path, "raw")
+        except exceptions.ImageUnacceptable:
+            return
+        assert probed(path) == "raw"
 
 
 @pytest.mark.parametrize("claimed_format", ["iso", "ami", "aki", "ari", "gpt"])

@@ -291,6 +291,14 @@ def test_backing_chain_with_a_fifo_does_not_wait(tmp_path: Path) -> None:
         qcow2.backing_chain(str(tmp_path / "disk"))
 
 
+def test_backing_chain_with_a_name_that_cannot_be(tmp_path: Path) -> None:
+    overlay(tmp_path / "disk", MIB, 64 * KIB, Path("/some/base"), "raw")
+    content = (tmp_path / "disk").read_bytes()
+    (tmp_path / "disk").write_bytes(content.replace(b"/some/base", b"/some\x00base"))
+    with pytest.raises(exceptions.ImageUnacceptable, match="not a local file"):
+        qcow2.backing_chain(str(tmp_path / "disk"))
+
+
 def test_backing_chain_with_a_url(backings: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "disk"
     qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "nbd:localhost:1", "-F", "raw", path, "1M")

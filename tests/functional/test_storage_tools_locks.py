@@ -46,7 +46,8 @@ def running(command: list[str], ready: bytes, question: bytes = b"") -> Iterator
             said = b""
             while ready not in said:
                 piece = process.stdout.read1()
-                assert piece, said
+                if not piece:
+                    raise AssertionError(said.decode())  # in full: pytest would shorten it
                 said += piece
             yield
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from pathlib import Path
 import libvirt
 import pytest
 
-from tools import boot, deadline, guest_image
+from tools import boot, deadline, guest_image, private_libvirtd
 from tools.guest_image import ROOT_SAYS, SIZE_SAYS, GuestImage
+
+ROOT = Path(__file__).resolve().parents[2]
 
 DISK = """
 <disk type="file" device="disk">
@@ -89,15 +92,38 @@ def test_container_runs_in_the_private_libvirtd(libvirt_lxc: libvirt.virConnect,
         domain.destroy()
 
 
+def test_everything_has_ended_when_the_private_libvirtd_has(guest: GuestImage, tmp_path: Path) -> None:
+    xml = boot.domain_xml(
+        "left", guest, [DISK.format(shutil.copy(guest.disk, tmp_path))], tmp_path / "console", "qemu"
+    )
+    with private_libvirtd.run(tmp_path / "libvirtd") as folder:
+        with private_libvirtd.connect(private_libvirtd.uri(folder, "qemu")) as connection:
+            connection.createXML(xml)
+        assert {"libvirtd", "qemu-system-x86"} <= _processes_of(folder)
+    assert not _processes_of(folder)
+
+
 def test_everything_ends_when_the_starting_process_is_killed(guest: GuestImage, tmp_path: Path) -> None:
     folder = tmp_path / "libvirtd"
-    xml = boot.domain_xml("orphan", guest, [DISK.format(guest.disk)], tmp_path / "console", "qemu")
+    xml = boot.domain_xml(
+        "orphan", guest, [DISK.format(shutil.copy(guest.disk, tmp_path))], tmp_path / "console", "qemu"
+    )
     command = [sys.executable, "-c", START, folder, xml]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as starting:
         assert starting.stdout.readline() == b"running\n"
         assert {"libvirtd", "qemu-system-x86"} <= _processes_of(folder)
         starting.kill()
         deadline.wait_for(lambda: not _processes_of(folder), seconds=30, what="end of the processes")
+
+
+def test_demonstration_passes_and_leaves_nothing() -> None:
+    command = [sys.executable, "-m", "tools.demo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("It said so on its console: root=/dev/vda1 ext4, size=1073741824") == 2
+    assert "launched 4 guests" in done.stdout
+    (work,) = re.findall("instances_path = (.*)/instances", done.stdout)
+    assert not os.path.exists(work)
 
 
 def _processes_of(folder: Path) -> set[str]:

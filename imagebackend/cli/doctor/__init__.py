@@ -26,10 +26,11 @@ __all__ = ["doctor"]
 @click.option("--connect", metavar="URI", help="The hypervisor to try. Default: the system's, by [libvirt] virt_type.")
 @click.pass_obj
 def doctor(session: Session, connect: str | None) -> None:
-    """Tell whether this host is fit for its disks, and what to do about it.
+    """Tell whether this host is fit for its disks.
 
-    Looks at the configuration, the tools, the folders and their file system, and libvirt. What it tries leaves
-    nothing behind. Exit status 0: nothing is wrong, though there may be warnings. 1: something is wrong.
+    And if not, what to do about it. Looks at the configuration, the tools, the folders and their file system, and
+    libvirt. What it tries leaves nothing behind. Exit status 0: nothing is wrong, though there may be warnings.
+    1: something is wrong.
     """
     from imagebackend.cli.doctor.finding import Severity, worst
 

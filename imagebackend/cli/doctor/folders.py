@@ -74,7 +74,7 @@ def judge_folder(option: str, folder: Folder, user: int) -> Finding:
     """
     check = f"{option} {folder.path}"
     if folder.failure is not None:
-        what = folder.path if folder.nearest == folder.path else f"it is not there, and in {folder.nearest}"
+        what = "it" if folder.nearest == folder.path else f"{folder.nearest}, and it is not there"
         advice = f"give user {user} the right to write there, or configure another folder"
         return error(check, f"nothing can be made in {what}: {folder.failure}", advice)
     if folder.nearest != folder.path:

@@ -10,7 +10,6 @@ from imagebackend.storage.qcow2.tables import (
     Run,
     Snapshot,
     allocated_size,
-    check_refcount_table,
     data_runs,
     read_snapshots,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "Snapshot",
     "allocated_size",
     "backing_chain",
-    "check_refcount_table",
     "data_runs",
     "read_header",
     "read_snapshots",

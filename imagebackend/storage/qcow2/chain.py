@@ -71,7 +71,7 @@ def backing_chain(path: str, *, limit: int = _MAX_DEPTH) -> list[BackingFile]:
 
 
 def _resolve(path: str, backing_file: str) -> str:
-    if ":" in backing_file.split("/", 1)[0]:
+    if ":" in backing_file.split("/", 1)[0] or "\x00" in backing_file:
         raise exceptions.ImageUnacceptable(path, f"its backing file {backing_file!r} is not a local file")
     return os.path.join(os.path.dirname(path), backing_file)
 
@@ -90,10 +90,8 @@ def _open(path: str) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise exceptions.DiskNotFound(path) from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError):
-            raise exceptions.storage_error(error, path) from error
-        raise exceptions.ImageUnacceptable(path, "not a possible file name") from error
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
     mode = os.fstat(descriptor).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         os.close(descriptor)

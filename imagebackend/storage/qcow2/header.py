@@ -120,7 +120,7 @@ class Header:
 def read_header(descriptor: int, name: str) -> Header:
     """Return what the qcow2 header of an open file says.
 
-    One ``pread`` of 4 KiB, at most 33 where the header extensions reach further; nothing else is read.
+    One ``pread`` of 4 KiB; where the header reaches further, up to 35 more of at most 1023 bytes.
 
     :param descriptor: a regular file, open for reading; its position does not change.
     :param name: what to call the image in errors.

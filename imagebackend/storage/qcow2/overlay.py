@@ -31,7 +31,7 @@ def write_overlay(
     One ``ftruncate`` and three writes: the header, and 8 bytes for each 2**(2n-1) and 2 bytes for each 2**n bytes of
     metadata, where 2**n is the cluster size. The L1 table stays a hole. That is less than 16 KiB altogether for
     clusters of 8 KiB and more, whatever the virtual size (64 TiB in clusters of 64 KiB: under 2 KiB); at their limits
-    clusters of 4 KiB take 17 KiB and clusters of 512 bytes 130 KiB. Nothing is synced: the caller does that.
+    clusters of 4 KiB take 18 KiB and clusters of 512 bytes 132 KiB. Nothing is synced: the caller does that.
 
     :param descriptor: an empty file, open for writing.
     :param virtual_size: bytes, a multiple of 512.

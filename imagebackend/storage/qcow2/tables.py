@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from imagebackend import exceptions
 from imagebackend.storage.qcow2.header import MAX_L1_SIZE, Header
 
-__all__ = ["Run", "Snapshot", "allocated_size", "check_refcount_table", "data_runs", "read_snapshots"]
+__all__ = ["Run", "Snapshot", "allocated_size", "data_runs", "read_snapshots"]
 
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 _COPIED, _COMPRESSED, _ZERO = 1 << 63, 1 << 62, 1
@@ -24,7 +24,7 @@ _SNAPSHOT_SIZES = struct.Struct(">QQ")
 _MAX_SNAPSHOT_EXTRA = 1024
 _MAX_SNAPSHOT_TABLE = 16 << 20
 
-#: The L2 tables of 2 TiB in clusters of 64 KiB; above, one image would keep the reader busy for a minute.
+#: The L2 tables of 2 TiB in clusters of 64 KiB; above, one image would keep the reader busy for long.
 _MAX_L2_SIZE = 256 << 20
 _PIECE = 1 << 20
 #: The block in which file systems allocate.
@@ -75,33 +75,18 @@ def read_snapshots(descriptor: int, header: Header, name: str) -> list[Snapshot]
     return found
 
 
-def check_refcount_table(descriptor: int, header: Header, name: str) -> None:
-    """Check that every refcount block lies in the file, on a cluster, and is named once; at most 8 MiB are read.
-
-    :raises ImageUnacceptable: it is otherwise.
-    :raises StorageError: the file cannot be read.
-    """
-    tables = _Tables(descriptor, header, name)
-    length = header.refcount_table_clusters * header.cluster_size
-    seen: set[int] = set()
-    for _, entries in tables.pieces(header.refcount_table_offset, length):
-        for entry in filter(None, entries):
-            tables.check_place("refcount block", entry)
-            if entry in seen:
-                raise tables.refusal(f"refcount block at {entry} is named twice")
-            seen.add(entry)
-
-
 def allocated_size(descriptor: int, header: Header, name: str) -> int:
-    """Return an upper bound of the bytes that the guest's data occupy as raw; every entry is checked on the way.
+    """Return an upper bound of the bytes that the guest's data occupy as raw; all tables are checked on the way.
 
-    Reads the L1 table and each L2 table that is there: at most 32 MiB and 256 MiB.
+    Reads the refcount table, the L1 table and each L2 table that is there: at most 8 MiB, 2 * 32 MiB and 256 MiB.
 
-    :raises ImageUnacceptable: an entry breaks the format's rules, leaves the file, or names a table as data.
+    :raises ImageUnacceptable: an entry breaks the format's rules, leaves the file, or names what is in use already: a
+        table twice, or a table as data.
     :raises Unsupported: the data lie in another file.
     :raises StorageError: the file cannot be read.
     """
     tables = _Tables(descriptor, header, name)
+    tables.reserve_refcount_blocks()
     count = 0
     for guest_offset, entries in tables.l2_tables():
         if header.extended_l2:
@@ -192,7 +177,7 @@ class _Tables:
     def refusal(self, reason: str) -> exceptions.ImageUnacceptable:
         return exceptions.ImageUnacceptable(self._name, reason)
 
-    def read(self, offset: int, length: int) -> bytes:
+    def _read(self, offset: int, length: int) -> bytes:
         try:
             piece = os.pread(self._descriptor, length, offset)
         except OSError as error:
@@ -201,39 +186,46 @@ class _Tables:
             raise self.refusal(f"it ends at {offset + len(piece)}, within a table")
         return piece
 
-    def pieces(self, offset: int, length: int) -> Iterator[tuple[int, array[int]]]:
-        """Yield the 64-bit entries of a table with the index of the first, a megabyte at a time."""
-        for done in range(0, length, _PIECE):
-            yield done // 8, _entries(self.read(offset + done, min(_PIECE, length - done)))
-
-    def check_place(self, what: str, offset: int) -> None:
-        cluster_size, file_size = self._header.cluster_size, self._header.file_size
-        if offset % cluster_size or offset + cluster_size > file_size or offset in self._reserved:
-            raise self.refusal(f"{what} at {offset} is not a cluster of its own in the file of {file_size} bytes")
+    def reserve_refcount_blocks(self) -> None:
+        header = self._header
+        length = header.refcount_table_clusters * header.cluster_size
+        for _, entries in self._pieces(header.refcount_table_offset, length):
+            for entry in filter(None, entries):
+                self._reserve("refcount block", entry)
 
     def l2_tables(self) -> Iterator[tuple[int, array[int]]]:
         """Yield the entries of each L2 table that is there and not all zero, with its first guest offset."""
         header = self._header
         if header.data_file:
             raise exceptions.Unsupported(f"reading {self._name} in-process", "it has a data file")
+        # All are known before the first is read: none of them may hold a guest's data.
+        for count, (_, offset) in enumerate(self._l2_offsets(), 1):
+            self._reserve("L2 table", offset)
+            if count * header.cluster_size > _MAX_L2_SIZE:
+                raise self.refusal(f"its L2 tables take more than {_MAX_L2_SIZE} bytes")
         empty = bytes(header.cluster_size)
         covered = header.cluster_size * header.l2_entries
-        left = _MAX_L2_SIZE // header.cluster_size
-        seen: set[int] = set()
-        for first, entries in self.pieces(header.l1_offset, header.l1_entries * 8):
+        for index, offset in self._l2_offsets():
+            table = self._read(offset, header.cluster_size)
+            if table != empty:
+                yield index * covered, _entries(table)
+
+    def _l2_offsets(self) -> Iterator[tuple[int, int]]:
+        for first, entries in self._pieces(self._header.l1_offset, self._header.l1_entries * 8):
             for index, entry in enumerate(entries, first):
-                if not entry:
-                    continue
-                offset = entry & ~_COPIED
-                self.check_place("L2 table", offset)
-                if offset in seen:
-                    raise self.refusal(f"L2 table at {offset} is named twice")
-                seen.add(offset)
-                if len(seen) > left:
-                    raise self.refusal(f"its L2 tables take more than {_MAX_L2_SIZE} bytes")
-                table = self.read(offset, header.cluster_size)
-                if table != empty:
-                    yield index * covered, _entries(table)
+                if entry:
+                    yield index, entry & ~_COPIED
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, array[int]]]:
+        """Yield the 64-bit entries of a table with the index of the first, a megabyte at a time."""
+        for done in range(0, length, _PIECE):
+            yield done // 8, _entries(self._read(offset + done, min(_PIECE, length - done)))
+
+    def _reserve(self, what: str, offset: int) -> None:
+        cluster_size, file_size = self._header.cluster_size, self._header.file_size
+        if offset % cluster_size or offset + cluster_size > file_size or offset in self._reserved:
+            raise self.refusal(f"{what} at {offset} is not a cluster of its own in the file of {file_size} bytes")
+        self._reserved.add(offset)
 
     def check_data(self, entries: list[int]) -> None:
         """Check the entries of one L2 table that are not 0."""
@@ -271,13 +263,13 @@ class _Tables:
         if offset + _SNAPSHOT.size > end:
             raise self.refusal(f"its snapshot table reaches past {end}")
         (l1_offset, l1_entries, id_length, name_length, seconds, nanoseconds, _, state_size, extra_length) = (
-            _SNAPSHOT.unpack(self.read(offset, _SNAPSHOT.size))
+            _SNAPSHOT.unpack(self._read(offset, _SNAPSHOT.size))
         )
         rest = extra_length + id_length + name_length
         if extra_length > _MAX_SNAPSHOT_EXTRA or offset + _SNAPSHOT.size + rest > end:
             raise self.refusal(f"the entry of a snapshot at {offset} takes {_SNAPSHOT.size + rest} bytes")
         self._check_snapshot_l1(l1_offset, l1_entries)
-        tail = self.read(offset + _SNAPSHOT.size, rest)
+        tail = self._read(offset + _SNAPSHOT.size, rest)
         virtual_size = self._header.virtual_size
         if extra_length >= _SNAPSHOT_SIZES.size:
             state_size, virtual_size = _SNAPSHOT_SIZES.unpack_from(tail)

@@ -30,8 +30,8 @@ def inspect(descriptor: int, name: str, claimed_format: str | None = None) -> Ve
     """Return what an image is, if it may be used as a template.
 
     Everything is read through the descriptor, at its own offsets, so that what was checked is what is used later.
-    At most 312 MiB are read of a qcow2 image with the largest tables that are accepted, 160 MiB of any other, and
-    under 40 KiB of a raw one.
+    At most 350 MiB are read of a qcow2 image with the largest tables that are accepted, 160 MiB of any other, and
+    under 80 KiB of a raw one.
 
     :param descriptor: the image, open for reading; its position does not change.
     :param name: what to call the image in errors.

@@ -19,7 +19,6 @@ def inspect(subject: Subject) -> Verdict:
     header = qcow2.read_header(descriptor, name)
     _check_policy(subject, header)
     subject.check_virtual_size(header.virtual_size)
-    qcow2.check_refcount_table(descriptor, header, name)
     qcow2.read_snapshots(descriptor, header, name)
     allocated_size = upper_bound(qcow2.allocated_size(descriptor, header, name), header.virtual_size)
     notes = {

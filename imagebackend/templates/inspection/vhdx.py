@@ -54,7 +54,6 @@ _MAX_BLOCK_SIZE = 256 << 20
 class _Disk:
     block_size: int
     virtual_size: int
-    sector_size: int
 
 
 def inspect(subject: Subject) -> Verdict:
@@ -149,15 +148,17 @@ def _disk(subject: Subject, offset: int, length: int) -> _Disk:
         raise subject.refusal("a differencing VHDX: it has a parent")
     if not _MIB <= block_size <= _MAX_BLOCK_SIZE or block_size & (block_size - 1):
         raise subject.refusal(f"VHDX blocks of {block_size} bytes")
-    if sector_size not in (SECTOR, 4096) or virtual_size % sector_size or virtual_size > _MAX_VIRTUAL_SIZE:
-        raise subject.refusal(f"a VHDX disk of {virtual_size} bytes in sectors of {sector_size}")
+    if sector_size != SECTOR:
+        raise subject.refusal(f"VHDX sectors of {sector_size} bytes; QEMU reads those of 512 alone")
+    if virtual_size > _MAX_VIRTUAL_SIZE:
+        raise subject.refusal(f"a VHDX disk of {virtual_size} bytes; {_MAX_VIRTUAL_SIZE} is the limit")
     subject.check_virtual_size(virtual_size)
-    return _Disk(block_size, virtual_size, sector_size)
+    return _Disk(block_size, virtual_size)
 
 
 def _count_blocks(subject: Subject, disk: _Disk, offset: int, length: int) -> int:
     # After so many blocks comes an entry for their sector bitmap, which only a differencing image has.
-    ratio = (disk.sector_size << 23) // disk.block_size
+    ratio = (SECTOR << 23) // disk.block_size
     blocks = -(-disk.virtual_size // disk.block_size)
     count = blocks + (blocks - 1) // ratio
     if count * 8 > length:

@@ -14,7 +14,8 @@ __all__ = ["inspect"]
 _FOOTER_SIZE = 512
 _FOOTER = struct.Struct(">8sIIQI4sIIQQHBBII")
 _FIXED, _DYNAMIC, _DIFFERENCING = 2, 3, 4
-_NO_OFFSET = (1 << 64) - 1
+#: What stands for no header; some tools wrote 32 bits of ones.
+_NO_OFFSETS = ((1 << 64) - 1, (1 << 32) - 1)
 _SAVED_STATE = 84
 
 _DYNAMIC_SIZE = 1024
@@ -80,7 +81,7 @@ def _footer(subject: Subject, footer: bytes) -> _Footer:
 def _inspect_fixed(subject: Subject, footer: _Footer, head: bytes) -> Verdict:
     if head.startswith(b"conectix"):
         raise subject.refusal("a fixed VHD that begins like a dynamic one")
-    if footer.data_offset != _NO_OFFSET:
+    if footer.data_offset not in _NO_OFFSETS:
         raise subject.refusal(f"a fixed VHD with a header at {footer.data_offset}")
     if footer.virtual_size > subject.size - _FOOTER_SIZE:
         raise subject.refusal(f"a fixed VHD of {footer.virtual_size} bytes in a file of {subject.size}")

@@ -8,9 +8,12 @@ out of that, and enforces the time limits, also against a server that sends a by
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
+import io
 import socket
 import ssl
+import threading
 import time
 import types
 import urllib.parse
@@ -34,6 +37,8 @@ _CONNECT_TIMEOUT = 10.0
 _SLOWEST = 1024
 # What the network and whoever is at the other end of it may cause.
 _ERRORS = (OSError, http.client.HTTPException, urllib3_exceptions.HTTPError, UnicodeError)
+# More at a time costs more memory management than it saves: TLS gives 16 KiB a call, whatever is asked for.
+_READ_SIZE = 1 << 18
 # For how long a block is filled before it is handed over as it is, in seconds.
 _FILL_TIME = 0.2
 
@@ -83,7 +88,10 @@ class Connection:
         self._socket: socket.socket | None = None
         self._response: HTTPResponse | None = None
         self._error: Exception | None = None
-        self._closing = False
+        self._stalled = False
+        self._stopped = threading.Event()
+        # Called like the class that it stands for.
+        self._connection.response_class = functools.partial(_Response, self._stopped)  # type: ignore[assignment]
 
     def __enter__(self) -> Connection:
         return self
@@ -91,15 +99,10 @@ class Connection:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
     ) -> None:
-        self._closing = True
-        interruptible = self._job is None or self._job.done()
-        if self._socket is not None:
-            interruptible = True
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
+        ending = self._job is None or self._job.done() or self._interrupt()
         self._thread.submit(self._close)
-        # Looking up a name and shaking hands are not: they end by themselves, within their time limit.
-        self._thread.shutdown(wait=interruptible)
+        # Looking up a name and shaking hands cannot be interrupted: they end by themselves, within their time limit.
+        self._thread.shutdown(wait=ending)
 
     def open(self, headers: Mapping[str, str]) -> HTTPResponse:
         """Send the request and return the head of the response."""
@@ -113,11 +116,13 @@ class Connection:
             job = self._start(self._receive)
             received += len(block)
             elapsed = time.monotonic() - started
+            yield block
             if elapsed > self._timeout:
                 if received < _SLOWEST * elapsed:
-                    raise TransferError("it sends next to nothing", stalled=True)
+                    raise TransferError("next to no data", stalled=True)
                 started, received = time.monotonic(), 0
-            yield block
+        if self._stalled:
+            raise TransferError("no data", stalled=True)
 
     def _start(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> futures.Future[_T]:
         job = self._thread.submit(function, *args, **kwargs)
@@ -129,20 +134,34 @@ class Connection:
         while not futures.wait([job], timeout=min(HEARTBEAT, self._timeout)).done:
             self._heartbeat()
             if time.monotonic() >= deadline:
+                self._stalled = True
+                # What has come of the block until now counts.
+                if self._interrupt() and futures.wait([job], timeout=HEARTBEAT).done:
+                    break
                 raise TransferError("no data", stalled=True)
         try:
             return job.result()
         except _ERRORS as error:
-            raise _transfer_error(error) from error
+            raise TransferError("no data", stalled=True) if self._stalled else _transfer_error(error) from error
+
+    def _interrupt(self) -> bool:
+        self._stopped.set()
+        if self._socket is None:
+            return False
+        with contextlib.suppress(OSError):
+            # Not the method of TLS sockets, after which undeciphered bytes would be read.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        return True
 
     # From here on: in the other thread.
 
     def _request(self, headers: Mapping[str, str]) -> HTTPResponse:
         self._connection.connect()
         self._socket = self._connection.sock
-        if self._closing:
+        if self._stopped.is_set():
             raise ConnectionAbortedError
-        self._connection.timeout = self._timeout
+        # The caller's thread keeps the time; this is for when it was torn away.
+        self._connection.timeout = 2 * self._timeout
         self._connection.request(
             "GET", self._request_target, headers=headers, preload_content=False, decode_content=False
         )
@@ -157,7 +176,7 @@ class Connection:
         deadline = time.monotonic() + _FILL_TIME
         try:
             while filled < BLOCK_SIZE and not (filled and time.monotonic() > deadline):
-                piece = self._response.read1(BLOCK_SIZE - filled)
+                piece = self._response.read1(min(BLOCK_SIZE - filled, _READ_SIZE))
                 if not piece:
                     break
                 block[filled : filled + len(piece)] = piece
@@ -175,6 +194,32 @@ class Connection:
                 self._response.close()
         with contextlib.suppress(*_ERRORS):
             self._connection.close()
+
+
+class _Response(http.client.HTTPResponse):
+    """A response whose reading can be stopped, also while the server sends trailers or interim responses for ever."""
+
+    def __init__(self, stopped: threading.Event, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(_StoppableReader(self.fp.detach(), stopped))
+
+
+class _StoppableReader(io.RawIOBase):
+    def __init__(self, raw: io.RawIOBase, stopped: threading.Event) -> None:
+        self._raw = raw
+        self._stopped = stopped
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self._stopped.is_set():
+            raise ConnectionAbortedError
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 def _prepare(url: Url, timeout: float) -> tuple[urllib3.connection.HTTPConnection, str, dict[str, str]]:
@@ -210,13 +255,15 @@ def _proxy(url: Url) -> Url | None:
 
 
 def _transfer_error(error: Exception) -> TransferError:
-    if isinstance(error, TimeoutError | urllib3_exceptions.TimeoutError):
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    # urllib3 counts every failure to connect among the timeouts.
+    refused = isinstance(error, urllib3_exceptions.NewConnectionError)
+    if isinstance(error, TimeoutError | urllib3_exceptions.TimeoutError) and not refused:
         return TransferError("no data", stalled=True)
     if isinstance(error, ssl.SSLCertVerificationError):
         return TransferError(f"its certificate is not trusted: {error.verify_message}", temporary=False)
     if isinstance(error, urllib3_exceptions.LocationParseError | UnicodeError):
         return TransferError("its host name is not valid", temporary=False)
-    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
     text = (cause.strerror if isinstance(cause, OSError) else None) or str(error) or type(error).__name__
     # Parts of it may come from the server.
     return TransferError("".join(sign if sign.isprintable() else "?" for sign in text[:200]))

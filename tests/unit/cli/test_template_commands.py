@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``imagebackend template`` on a real cache; what needs qemu-img is in tests/functional."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import click
+import pytest
+
+from imagebackend.cli.template import default_name
+from tests.unit.cli.conftest import MIB, Command
+
+
+def test_a_good_file_is_acceptable_and_nothing_is_touched(command: Command) -> None:
+    image = command.raw_image()
+    command.ini.write_text("[DEFAULT]\ninstances_path = /proc/nowhere\n")
+    before = image.stat()
+
+    document = command.json("template", "check", "--format", "raw", image)
+
+    after = image.stat()
+    assert document["acceptable"] is True
+    assert (document["format"], document["virtual_size"]) == ("raw", MIB)
+    assert (after.st_mtime_ns, after.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+    assert sorted(os.listdir(command.folder)) == ["image.raw", "imagebackend.conf"]
+
+
+def test_a_check_reads_no_configuration(command: Command) -> None:
+    command.configure("use_cow_images = perhaps")
+
+    assert command.run("template", "check", "--format", "raw", command.raw_image()).exit_code == 0
+
+
+def test_a_file_that_is_not_what_it_is_said_to_be_is_refused_with_the_reason(command: Command) -> None:
+    result = command.run("template", "check", "--format", "qcow2", command.raw_image())
+
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("imagebackend: image ")
+    assert "claimed to be qcow2, but it is raw" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("claimed", ["luks", "qed", "parallels", "docker"])
+def test_a_format_that_is_no_template_is_refused(command: Command, claimed: str) -> None:
+    assert command.run("template", "check", "--format", claimed, command.raw_image()).exit_code == 1
+
+
+def test_a_folder_and_a_fifo_are_refused_at_once(command: Command) -> None:
+    os.mkfifo(command.folder / "fifo")
+
+    for path in (command.folder, command.folder / "fifo"):
+        result = command.run("template", "check", "--format", "raw", path)
+        assert result.exit_code == 1
+        assert "not a regular file" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--format", "raw", "no-such-file"),
+        ("--format", "raw", "x" * 300),
+        ("--format", "nonsense", "image.raw"),
+        ("--format", "raw"),
+        ("image.raw",),
+        ("--format", "raw", "image.raw", "another"),
+        ("--nonsense", "--format", "raw", "image.raw"),
+    ],
+)
+def test_what_cannot_be_checked_is_wrong_usage(
+    command: Command, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command.raw_image()
+    monkeypatch.chdir(command.folder)
+
+    result = command.run("template", "check", *words)
+
+    assert result.exit_code == 2
+    assert "Usage: imagebackend template check" in result.stderr
+    assert "\nimagebackend: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("debian-12.qcow2", "debian-12"),
+        ("/srv/images/debian-12.img", "debian-12"),
+        ("./a:b/debian-12", "debian-12"),
+        ("file:///srv/debian%2D12.raw", "debian-12"),
+        ("https://user:secret@images.example/debian-12-amd64.qcow2?signature=a/b.c#part", "debian-12-amd64"),
+        ("HTTP://images.example/debian-12.raw", "debian-12"),
+        ("debian-12.tar.gz", "debian-12.tar.gz"),
+    ],
+)
+def test_a_template_is_called_after_its_source(url: str, name: str) -> None:
+    assert default_name(url) == name
+
+
+@pytest.mark.parametrize("url", ["https://images.example/", "/srv/-x.qcow2", "/srv/.qcow2", "a,b", "x" * 200, "é", ""])
+def test_a_source_with_no_usable_name_needs_one(url: str) -> None:
+    with pytest.raises(click.UsageError, match="give a --name"):
+        default_name(url)
+
+
+def test_the_life_of_a_template(command: Command) -> None:
+    image = command.raw_image("debian-12.raw")
+    sha256 = hashlib.sha256(image.read_bytes()).hexdigest()
+
+    added = command.json("template", "add", "--format", "raw", "--checksum", f"sha256:{sha256}", image)
+    assert (added["name"], added["sha256"], added["virtual_size"]) == ("debian-12", sha256, MIB)
+    assert Path(added["path"]).read_bytes() == image.read_bytes()
+
+    listed = command.json("template", "list")
+    assert [each["name"] for each in listed["templates"]] == ["debian-12"]
+    assert listed["damaged"] == []
+    assert command.done("template", "list").splitlines()[1].split()[:6] == ["debian-12", "raw", "1", "MiB", "1", "MiB"]
+
+    assert command.json("template", "show", "debian-12") == {**added, "users": []}
+    assert f"sha256 of source: {sha256}" in command.done("template", "show", "debian-12")
+
+    assert command.json("template", "verify", "debian-12") == {"templates": [{"name": "debian-12"}]}
+    assert command.done("template", "remove", "debian-12") == "template debian-12 removed\n"
+    assert command.json("template", "list")["templates"] == []
+    assert command.files() == set()
+
+
+def test_a_template_is_not_added_twice(command: Command) -> None:
+    command.done("template", "add", "--name", "base", command.raw_image())
+
+    result = command.run("template", "add", "--name", "base", command.raw_image("other.raw", 2 * MIB))
+
+    assert result.exit_code == 4
+    assert "template base exists already" in result.stderr
+    assert command.json("template", "show", "base")["virtual_size"] == MIB
+
+
+def test_progress_of_adding_is_told_in_lines_on_stderr(command: Command) -> None:
+    result = command.run("template", "add", "--name", "base", command.raw_image())
+
+    assert result.stdout == "template base added: raw, 1 MiB\n"
+    assert result.stderr.splitlines()[-1] == "Fetching base: 100 % of 1 MiB"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (("--checksum", "sha256:" + "0" * 64, "image.raw"), 1, "sha256 is"),
+        (("--checksum", "nonsense", "image.raw"), 2, "nonsense"),
+        (("--name", "../x", "image.raw"), 2, "template name '../x'"),
+        (("--name", "-x", "image.raw"), 2, "template name '-x'"),
+        (("--name", "x" * 300, "image.raw"), 2, "template name"),
+        (("--format", "qcow2", "image.raw"), 1, "claimed to be qcow2"),
+        (("--name", "x", "rbd:pool/image"), 2, "rbd:"),
+        (("--name", "x", "json:{}"), 2, "json:"),
+        (("no-such-file",), 1, "No such file"),
+    ],
+)
+def test_what_cannot_be_added_leaves_nothing(
+    command: Command, words: tuple[str, ...], status: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command.raw_image()
+    monkeypatch.chdir(command.folder)
+
+    result = command.run("template", "add", *words)
+
+    assert result.exit_code == status
+    assert message in result.stderr
+    assert command.files() == set()
+
+
+def test_a_damaged_template_is_found_and_does_not_hide_the_others(command: Command) -> None:
+    for name in ("first", "second", "third"):
+        command.done("template", "add", "--name", name, command.raw_image())
+    path = command.instances / "_base" / "second"
+    stamp = path.stat()
+    path.write_bytes(b"x" * MIB)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+    result = command.run("template", "verify", "first", "second", "third", "fourth")
+
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == ["template first is sound", "template third is sound"]
+    assert "second: the template is damaged" in result.stderr
+    assert "imagebackend: template fourth does not exist\n" in result.stderr
+    entries = command.json("template", "verify", "fourth", "first")["templates"]
+    assert entries[0]["error"]["exit_status"] == 3
+    assert "error" not in entries[1]
+
+
+def test_a_template_with_a_damaged_record_is_listed_as_such(command: Command) -> None:
+    command.done("template", "add", "--name", "base", command.raw_image())
+    (command.instances / "_base" / ".records" / "base.json").write_text("nonsense")
+
+    assert [each["name"] for each in command.json("template", "list")["damaged"]] == ["base"]
+    assert command.done("template", "list").splitlines()[1].split()[:2] == ["base", "damaged"]
+
+
+def test_a_template_in_use_is_kept_and_its_users_are_named(command: Command) -> None:
+    command.done("template", "add", "--name", "base", command.raw_image())
+    command.done("disk", "create", "vm1", "disk", "--template", "base")
+
+    result = command.run("template", "remove", "base")
+
+    path = command.instances / "vm1" / "disk"
+    assert result.exit_code == 5
+    assert str(path) in result.stderr
+    error = command.json("template", "remove", "base")["templates"][0]["error"]
+    assert (error["type"], error["exit_status"]) == ("TemplateInUse", 5)
+    assert [user.endswith(f":{path}") for user in error["users"]] == [True]
+    assert command.json("template", "show", "base")["users"][0]["path"] == str(path)
+    assert "user: " in command.done("template", "show", "base")
+
+
+@pytest.mark.parametrize("subcommand", ["show", "verify", "remove"])
+def test_a_template_that_is_not_there_is_not_found(command: Command, subcommand: str) -> None:
+    result = command.run("template", subcommand, "base")
+
+    assert result.exit_code == 3
+    assert "imagebackend: template base does not exist" in result.stderr

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which source stands for which URL, and what a checksum may look like."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oslo_config import cfg
+
+from imagebackend import exceptions
+from imagebackend.conf import load_config
+from imagebackend.templates.sources import open_source, sink
+from imagebackend.templates.sources.file import FileSource
+from imagebackend.templates.sources.http import HttpSource
+
+ADD_ON = """\
+class Source:
+    def __init__(self, url, conf, *, checksum, disk_format):
+        self.arguments = (url, checksum, disk_format)
+"""
+
+
+@pytest.fixture
+def conf() -> cfg.ConfigOpts:
+    return load_config([])
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("/images/debian.qcow2", FileSource),
+        ("debian.qcow2", FileSource),
+        ("./debian:12.qcow2", FileSource),
+        ("/debian:12.qcow2", FileSource),
+        ("file:///images/debian.qcow2", FileSource),
+        ("FILE:/images/debian.qcow2", FileSource),
+        ("http://host/path", HttpSource),
+        ("HTTPS://host/path", HttpSource),
+    ],
+)
+def test_built_in(conf: cfg.ConfigOpts, url: str, kind: type) -> None:
+    assert type(open_source(url, conf)) is kind
+
+
+@pytest.mark.parametrize("url", ["ftp://host/path", "rbd:pool/image", "json:{}", "debian:12.qcow2", "c:\\x"])
+def test_unknown_scheme(conf: cfg.ConfigOpts, url: str) -> None:
+    with pytest.raises(exceptions.InvalidArgument, match=r"known are file, http, https, .*'\./' before it"):
+        open_source(url, conf)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "a\0b",
+        "file:",
+        "file:relative",
+        "file://host/path",
+        "file://user:secret@host/path",
+        "file:///path?query",
+        "file:///path#part",
+        "file:///a%00b",
+        "http:",
+        "http://",
+        "http:///path",
+        "https://user:secret@[::1/path",
+        "http://user:secret@host:port/",
+        "http://host:99999999/",
+    ],
+)
+def test_unusable_url(conf: cfg.ConfigOpts, url: str) -> None:
+    with pytest.raises(exceptions.InvalidArgument) as caught:
+        open_source(url, conf)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+class TestAddedSchemes:
+    @pytest.fixture(autouse=True)
+    def package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A real installed package, as pip would leave it."""
+        (tmp_path / "imagebackend_test_source.py").write_text(ADD_ON)
+        metadata = tmp_path / "imagebackend_test_source-1.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: imagebackend-test-source\nVersion: 1\n")
+        (metadata / "entry_points.txt").write_text(
+            "[imagebackend.sources]\n"
+            "glance = imagebackend_test_source:Source\n"
+            "broken = imagebackend_test_source:Absent\n"
+            "missing = imagebackend_test_absent:Source\n"
+            "http = imagebackend_test_source:Source\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    def test_found(self, conf: cfg.ConfigOpts) -> None:
+        source = open_source("GLANCE:1234", conf, checksum="any", disk_format="raw")
+        assert vars(source) == {"arguments": ("GLANCE:1234", "any", "raw")}
+
+    @pytest.mark.parametrize("scheme", ["broken", "missing"])
+    def test_broken(self, conf: cfg.ConfigOpts, scheme: str) -> None:
+        with pytest.raises(exceptions.InvalidConfiguration, match=f"entry point {scheme} of imagebackend.sources"):
+            open_source(f"{scheme}:x", conf)
+
+    def test_listed(self, conf: cfg.ConfigOpts) -> None:
+        with pytest.raises(exceptions.InvalidArgument, match="broken, file, glance, http, https, missing"):
+            open_source("ftp:x", conf)
+
+    def test_built_in_comes_first(self, conf: cfg.ConfigOpts) -> None:
+        assert type(open_source("http://host/", conf)) is HttpSource
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha384", "sha512", "sha1", "md5"])
+@given(data=st.binary())
+def test_checksum(algorithm: str, data: bytes) -> None:
+    digits = hashlib.new(algorithm, data).hexdigest()
+    for text in (f"{algorithm}:{digits}", f"{algorithm.upper()}:{digits.upper()}"):
+        assert sink.parse_checksum(text) == sink.Checksum(algorithm, digits)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "sha256",
+        "0" * 64,
+        "sha256:",
+        "sha256:" + "0" * 63,
+        "sha256:" + "0" * 65,
+        "sha256:" + "g" * 64,
+        "sha256:" + "\N{ARABIC-INDIC DIGIT ZERO}" * 64,
+        "sha256: " + "0" * 63,
+        "sha256:" + "0" * 64 + "\n",
+        "sha512:" + "0" * 64,
+        "sha3_256:" + "0" * 64,
+        "crc32:" + "0" * 8,
+        "sha256=" + "0" * 64,
+    ],
+)
+@pytest.mark.parametrize("url", ["/path", "http://host/path"])
+def test_malformed_checksum(conf: cfg.ConfigOpts, url: str, text: str) -> None:
+    with pytest.raises(exceptions.InvalidArgument, match="sha512 \\(128 digits\\)"):
+        open_source(url, conf, checksum=text)
+
+
+@pytest.mark.parametrize("algorithm", ["sha1", "md5"])
+def test_weak_checksum_is_warned_of(algorithm: str, caplog: pytest.LogCaptureFixture) -> None:
+    sink.parse_checksum(f"{algorithm}:{hashlib.new(algorithm).hexdigest()}")
+    assert "stops no attacker" in caplog.text
+
+
+def test_nothing_heavy_is_loaded_for_a_file() -> None:
+    program = (
+        "import sys; from imagebackend.conf import load_config;"
+        "from imagebackend.templates.sources import open_source;"
+        "open_source('/x', load_config([])); print([name for name in ('urllib3', 'ssl') if name in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
+    assert output.stdout == "[]\n"
