@@ -36,7 +36,8 @@ _PLACEMENT_GROUPS = 8
 _MONITOR_PORTS = range(62000, 65000, 2)
 _OSD_PORTS = (61000, 61999)
 
-# A real monitor gathers changes for a second before it proposes them, which is most of what a start would take.
+# A real monitor gathers changes for a second before it proposes them, which is most of what a start would take; and a
+# real OSD waits half a minute for a client that has an image open and says nothing, which it does every five seconds.
 _CONFIGURATION = """\
 [global]
 fsid = {fsid}
@@ -67,6 +68,7 @@ bluestore_block_create = true
 bluestore_block_size = 10737418240
 ms_bind_port_min = {osd_ports[0]}
 ms_bind_port_max = {osd_ports[1]}
+osd_client_watch_timeout = 12
 
 [mgr]
 mgr_data = {folder}/data.$name
