@@ -205,11 +205,17 @@ class Pool:
         :param trash_delay: move it to the trash instead, and protect it there for that many seconds.
         :raises DiskInUse: a client has it open, or it has clones.
         """
-        with contextlib.suppress(exceptions.DiskNotFound), self.errors(image):
-            if trash_delay is None:
-                _rbd().RBD().remove(self._context(), image)
-            else:
-                _rbd().RBD().trash_move(self._context(), image, trash_delay)
+        try:
+            with self.errors(image):
+                if trash_delay is None:
+                    _rbd().RBD().remove(self._context(), image)
+                else:
+                    _rbd().RBD().trash_move(self._context(), image, trash_delay)
+        except exceptions.DiskNotFound as error:
+            # librbd moves an image to the trash first, and says so too when a full pool has no room for that.
+            if self.image_id(image) is not None:
+                reason = "the pool has no room for removing it; raise its quota, or add OSDs, and try again"
+                raise exceptions.InsufficientSpace(self.spec(image), reason=reason) from error
 
     def watchers(self, image: str) -> list[Watcher]:
         """Return the clients that have an image open for writing, this process included.

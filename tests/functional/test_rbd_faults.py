@@ -201,9 +201,15 @@ def test_a_pool_over_its_quota_takes_nothing_and_keeps_what_it_has(
         assert not second.exists()
         assert read(first, tmp_path / "copy")[: len(template.content)] == template.content
 
-        # Removing is the way out, so it must work in a full pool.
+        # librbd cannot remove anything either, and says that it was not there.
+        with pytest.raises(exceptions.InsufficientSpace, match="quota"):
+            first.remove()
+        assert not first.exists()
+        own_ceph.command("osd pool set-quota", pool=pool, field="max_bytes", val="0")
+        deadline.wait_for(lambda: not is_full(own_ceph, pool), seconds=60, what="room in the pool")
         first.remove()
         assert images(own_ceph, pool) == ["template:template"]
+        second.cache(template.fetch, "template", SIZE)
 
 
 def is_full(cluster: Cluster, pool: str) -> bool:
