@@ -157,7 +157,7 @@ ceph.conf says in rbd_default_order.
             ("1", "Templates are protected as long as they have clones"),
             ("2", "For clusters whose clients are all of Ceph 13 (Mimic) or later"),
         ],
-        help="The format of clones.",
+        help="The format of clones: whether templates must be protected to have them.",
     ),
     cfg.IntOpt(
         "images_rbd_max_clone_depth",

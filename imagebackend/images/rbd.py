@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from oslo_config import cfg
 
 from imagebackend import exceptions, faults, names
-from imagebackend.images import disk_file, rbd_disk, rbd_location, transfer
+from imagebackend.images import disk_file, rbd_disk, rbd_exchange, rbd_location, transfer
 from imagebackend.images.base import Capabilities, Image, Progress, Snapshot
 from imagebackend.images.model import RBDImage
 from imagebackend.images.rbd_template import RbdTemplate, RbdTemplates
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Rbd", "Usage"]
 
 LOG = logging.getLogger(__name__)
-
-#: The snapshot of an image that an image service refers to: Glance's name for it.
-_SERVICE_SNAPSHOT = "snap"
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,25 @@ class Rbd(Image):
             found = rbd_location.disk_names(image)
             if found is not None:
                 yield found
+
+    @classmethod
+    def sweep(cls, conf: cfg.ConfigOpts) -> list[str]:
+        """Finish or undo what killed processes left in the pool, without waiting for a call that needs it.
+
+        :returns: the names of the images that were worked on.
+        """
+        pool = _pool(conf)
+        swept = []
+        for name in pool.intents():
+            found = rbd_location.disk_names(name)
+            if found is not None:
+                owner = Owner(*found, conf.host, rbd_location.format_path(pool, name))
+                disk = rbd_disk.RbdDisk(conf, pool, name, owner)
+                with disk.lock():
+                    if disk.is_left():
+                        disk.settle()
+                        swept.append(name)
+        return swept + RbdTemplates(conf, pool, _layout(conf)).sweep()
 
     @property
     def capabilities(self) -> Capabilities:
@@ -143,14 +159,14 @@ class Rbd(Image):
         with self._disk.lock():
             self._settle()
             self._disk.refuse_in_use()
-            self._create_snapshot(name)
+            self._disk.create_snapshot(name)
 
     def remove_snap(self, name: str, ignore_errors: bool = False) -> None:
         names.check_name("snapshot", name)
         try:
             with self._disk.lock():
                 self._settle()
-                self._remove_snapshot(self.pool, self._disk.name, name)
+                rbd_disk.remove_snapshot(self.pool, self._disk.name, name)
         except exceptions.ImageBackendError as error:
             if not ignore_errors:
                 raise
@@ -170,6 +186,9 @@ class Rbd(Image):
         with self.pool.open(self._disk.name, read_only=True) as image:
             found = []
             for each in sorted(image.list_snaps(), key=lambda snapshot: snapshot["id"]):
+                # Not those that librbd keeps for clones, nor one that lives for as long as a direct snapshot takes.
+                if each["namespace"] or ":" in each["name"]:
+                    continue
                 created = image.get_snap_timestamp(each["id"]).replace(tzinfo=datetime.UTC)
                 found.append(Snapshot(each["name"], created.isoformat(timespec="seconds"), each["size"]))
             return found
@@ -239,7 +258,7 @@ class Rbd(Image):
                 return
             for url in locations:
                 try:
-                    self._clone_location(rbd_location.parse_url(url))
+                    rbd_exchange.clone(self._disk, rbd_location.parse_url(url), self._layout)
                 except (exceptions.ImageUnacceptable, exceptions.NotFound, exceptions.StorageError) as error:
                     reasons.append(str(error))
                 else:
@@ -266,30 +285,9 @@ class Rbd(Image):
         names.check_name("image", image_id)
         if image_format != "raw":
             raise exceptions.Unsupported(f"a direct snapshot in {image_format}", "images in a Ceph pool are raw")
-        with self._disk.lock(), contextlib.ExitStack() as undo:
+        with self._disk.lock():
             self._settle()
-            parent = rbd_disk.parent_of(self.pool, self._disk.name)
-            target = ceph.Pool(self.pool.settings, *parent[:2]) if parent is not None else self.pool
-            partial = f"partial:{image_id}"
-            if target.image_id(image_id) is not None:
-                raise exceptions.DiskExists(target.spec(image_id))
-            rbd_disk.bury(target, partial)
-            with contextlib.suppress(exceptions.SnapshotNotFound):
-                self._remove_snapshot(self.pool, self._disk.name, snapshot_name)
-            self._create_snapshot(snapshot_name, protect=True)
-            undo.callback(self._remove_snapshot, self.pool, self._disk.name, snapshot_name)
-            faults.point("disk.direct_snapshot.snapshot")
-            with contextlib.ExitStack() as discard:
-                discard.callback(rbd_disk.bury, target, partial)
-                target.clone(self.pool, self._disk.name, snapshot_name, partial, self._layout)
-                with target.open(partial) as image:
-                    image.flatten()
-                    image.create_snap(_SERVICE_SNAPSHOT)
-                    image.protect_snap(_SERVICE_SNAPSHOT)
-                faults.point("disk.direct_snapshot.copied")
-                target.rename(partial, image_id)
-                discard.pop_all()
-            location = rbd_location.Location(target.fsid(), target.name, image_id, _SERVICE_SNAPSHOT)
+            location = rbd_exchange.copy(self._disk, snapshot_name, image_id, self._layout)
         LOG.info("disk %s copied to %s", self.path, location)
         return str(location)
 
@@ -305,12 +303,7 @@ class Rbd(Image):
         if location is None:
             return
         try:
-            found = rbd_location.parse_url(location)
-            pool = ceph.Pool(self.pool.settings, found.pool)
-            if also_destroy_volume:
-                rbd_disk.bury(pool, found.image)
-            else:
-                self._remove_snapshot(pool, found.image, found.snapshot)
+            rbd_exchange.remove(self.pool, rbd_location.parse_url(location), also_destroy_volume)
         except exceptions.ImageBackendError as error:
             if not ignore_errors:
                 raise
@@ -428,50 +421,6 @@ class Rbd(Image):
         prepare()
         self._disk.clone(self.pool, template.image, snapshot, self._layout)
 
-    def _clone_location(self, location: rbd_location.Location) -> None:
-        if location.fsid != self.pool.fsid():
-            raise exceptions.ImageUnacceptable(str(location), "in another cluster")
-        parent = ceph.Pool(self.pool.settings, location.pool)
-        self._disk.clone(parent, location.image, location.snapshot, self._layout)
-        depth, limit = self._depth(), self.conf.libvirt.images_rbd_max_clone_depth
-        if depth > limit:
-            LOG.info("disk %s has %d parents, more than %d, and is flattened", self.path, depth, limit)
-            with self.pool.open(self._disk.name) as image:
-                image.flatten()
-
-    def _depth(self) -> int:
-        depth = 0
-        pool, name = self.pool, self._disk.name
-        while (parent := rbd_disk.parent_of(pool, name)) is not None:
-            pool, name = ceph.Pool(self.pool.settings, *parent[:2]), parent[2]
-            depth += 1
-        return depth
-
-    def _create_snapshot(self, name: str, *, protect: bool = False) -> None:
-        with self.pool.open(self._disk.name) as image:
-            try:
-                image.create_snap(name)
-            except _rbd().ImageExists as error:
-                raise exceptions.SnapshotExists(name, f"of disk {self.path}") from error
-            faults.point("disk.snapshot.changed")
-            if protect:
-                image.protect_snap(name)
-
-    def _remove_snapshot(self, pool: ceph.Pool, image_name: str, name: str) -> None:
-        with pool.open(image_name) as image:
-            try:
-                if image.is_protected_snap(name):
-                    image.unprotect_snap(name)
-                image.remove_snap(name)
-            except _rbd().ImageNotFound as error:
-                raise exceptions.SnapshotNotFound(
-                    name, f"image {pool.spec(image_name)} has no such snapshot"
-                ) from error
-            except _rbd().ImageBusy as error:
-                reason = f"snapshot {name} has clones; flatten or remove them first"
-                raise exceptions.DiskInUse(pool.spec(image_name), reason) from error
-            faults.point("disk.snapshot_remove.changed")
-
     def _fill(self, disk: rbd_disk.RbdDisk, source: int) -> None:
         size = -(-os.fstat(source).st_size // names.SECTOR) * names.SECTOR
         with disk.fill(size, self._layout, {"format": "raw"}) as image:
@@ -550,9 +499,3 @@ def _reporting(progress: Progress | None) -> Callable[[int, int], int] | None:
         return 0
 
     return report
-
-
-def _rbd() -> Any:
-    import rbd
-
-    return rbd

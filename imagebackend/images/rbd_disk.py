@@ -21,7 +21,7 @@ from imagebackend import exceptions, faults, locks
 from imagebackend.storage import ceph, publish
 from imagebackend.templates.leases import Owner
 
-__all__ = ["RECORD", "RbdDisk", "bury"]
+__all__ = ["RECORD", "RbdDisk", "bury", "bury_zombie", "is_zombie", "parent_of", "parse_record", "remove_snapshot"]
 
 LOG = logging.getLogger(__name__)
 
@@ -74,6 +74,10 @@ class RbdDisk:
         """
         if not self.exists():
             raise exceptions.DiskNotFound(self.spec)
+
+    def is_left(self) -> bool:
+        """Return whether this host has begun something with the disk; under the lock: and was killed at it."""
+        return bool(self._intent().get("host") == self.conf.host)
 
     def settle(self) -> None:
         """Finish, or undo, what was cut short; the caller holds the lock."""
@@ -143,13 +147,29 @@ class RbdDisk:
                 self.pool.rename(self._partial, self.name)
                 faults.point("disk.create.renamed")
             else:
-                self.pool.set_intent(self.name, json.dumps({"operation": "replace"}))
+                self._intend("replace")
                 faults.point("disk.import.intended")
                 self._replace()
 
+    def create_snapshot(self, name: str, *, protect: bool = False) -> None:
+        """Make a snapshot, which may then be cloned if it is protected.
+
+        :raises SnapshotExists: the disk has one of that name.
+        """
+        import rbd
+
+        with self.pool.open(self.name) as image:
+            try:
+                image.create_snap(name)
+            except rbd.ImageExists as error:
+                raise exceptions.SnapshotExists(name, f"of disk {self.spec}") from error
+            faults.point("disk.snapshot.changed")
+            if protect:
+                image.protect_snap(name)
+
     def roll_back(self, snapshot: str) -> None:
         """Make the disk what it was when the snapshot was made. librbd's way of doing it can be cut short."""
-        self.pool.set_intent(self.name, json.dumps({"operation": "rollback", "snapshot": snapshot}))
+        self._intend("rollback", snapshot=snapshot)
         faults.point("disk.rollback.intended")
         with self.pool.open(self.name) as image:
             image.rollback_to_snap(snapshot)
@@ -185,14 +205,14 @@ class RbdDisk:
                 if not left:
                     raise
             time.sleep(self.conf.libvirt.rbd_destroy_volume_retry_interval)
-        self.pool.set_intent(self.name, json.dumps({"operation": "remove"}))
+        self._intend("remove")
         faults.point("disk.remove.intended")
         self.settle()
 
     @contextlib.contextmanager
     def _intended(self, operation: str) -> Iterator[None]:
         """Do something to a disk that is not there yet in the block; undo it if it fails."""
-        self.pool.set_intent(self.name, json.dumps({"operation": operation}))
+        self._intend(operation)
         faults.point(f"disk.create.{operation}_intended")
         with contextlib.ExitStack() as undo:
             undo.callback(self._settle_quietly)
@@ -208,6 +228,10 @@ class RbdDisk:
             self.pool.rename(self._partial, self.name)
             faults.point("disk.import.renamed")
         bury(self.pool, self._outgoing, self.conf.libvirt.images_rbd_trash_delay)
+
+    def _intend(self, operation: str, **facts: str) -> None:
+        intent = {"operation": operation, "host": self.conf.host, **facts}
+        self.pool.set_intent(self.name, json.dumps(intent))
 
     def _intent(self) -> dict[str, Any]:
         intent = self.pool.intent(self.name)
@@ -237,6 +261,30 @@ def parse_record(name: str, text: str | None) -> dict[str, Any]:
     return record
 
 
+def remove_snapshot(pool: ceph.Pool, image_name: str, name: str) -> None:
+    """Remove a snapshot of an image, protected or not.
+
+    :raises SnapshotNotFound: the image has none of that name.
+    :raises DiskInUse: the snapshot has clones.
+    """
+    import rbd
+
+    with pool.open(image_name) as image:
+        try:
+            image.set_snap(name)
+            clones = [f"{each['pool']}/{each['image']}" for each in image.list_children2()]
+            if clones:
+                reason = f"snapshot {name} has clones; flatten or remove them first: {', '.join(clones[:5])}"
+                raise exceptions.DiskInUse(pool.spec(image_name), reason)
+            image.set_snap(None)
+            if image.is_protected_snap(name):
+                image.unprotect_snap(name)
+            image.remove_snap(name)
+        except rbd.ImageNotFound as error:
+            raise exceptions.SnapshotNotFound(name, f"image {pool.spec(image_name)} has no such snapshot") from error
+        faults.point("disk.snapshot_remove.changed")
+
+
 def bury(pool: ceph.Pool, name: str, trash_delay: int | None = None) -> None:
     """Remove an image with its snapshots; do nothing if it is not there.
 
@@ -259,7 +307,7 @@ def bury(pool: ceph.Pool, name: str, trash_delay: int | None = None) -> None:
     except exceptions.DiskNotFound:
         return
     if has_clones:
-        if not name.startswith(_ZOMBIE):
+        if not is_zombie(name):
             pool.rename(name, f"{_ZOMBIE}{image_id}")
             LOG.info("image %s has clones and will be removed with the last of them", pool.spec(name))
         return
@@ -269,12 +317,17 @@ def bury(pool: ceph.Pool, name: str, trash_delay: int | None = None) -> None:
         bury_zombie(pool, *parent)
 
 
+def is_zombie(name: str) -> bool:
+    """Return whether an image lost its name because it had clones."""
+    return name.startswith(_ZOMBIE)
+
+
 def bury_zombie(pool: ceph.Pool, parent_pool: str, namespace: str, name: str) -> None:
     """Remove an image that lost its name because it had clones, if it has none any more.
 
     Nothing that goes wrong is raised: the clone that led here is gone, and the sweep finds what is left.
     """
-    if name.startswith(_ZOMBIE):
+    if is_zombie(name):
         try:
             bury(ceph.Pool(pool.settings, parent_pool, namespace), name)
         except exceptions.ImageBackendError as error:

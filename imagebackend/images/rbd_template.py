@@ -135,6 +135,20 @@ class RbdTemplates:
             rbd_disk.bury(self._pool, f"{_PREFIX}{name}")
         LOG.info("template %s removed from pool %s", name, self._pool.name)
 
+    def sweep(self) -> list[str]:
+        """Remove parts of templates whose import was cut short, and images without a name whose clones are gone.
+
+        :returns: the names of the images that were removed.
+        """
+        for image in (found := self._pool.images()):
+            if image.startswith(f"partial:{_PREFIX}"):
+                # Whoever is still at it has it open.
+                with contextlib.suppress(exceptions.DiskInUse):
+                    self._pool.remove(image)
+            elif rbd_disk.is_zombie(image):
+                rbd_disk.bury(self._pool, image)
+        return sorted(set(found) - set(self._pool.images()))
+
     def _lock(self, name: str) -> contextlib.AbstractContextManager[None]:
         # The threads and processes of this host take turns here, and do not ask the cluster again and again.
         folder = f"{os.path.abspath(self._conf.instances_path)}/locks"
