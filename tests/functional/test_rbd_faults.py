@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from imagebackend import exceptions
+from imagebackend.images.rbd import Rbd
 from tests.functional.ceph import Contents, rbd_backend, read
 from tools import deadline, private_ceph
 from tools.private_ceph import Cluster
@@ -346,7 +347,8 @@ def test_a_template_with_clones_goes_with_the_last_of_them(
     first, second = backend.image("first", "disk"), backend.image("second", "disk")
     first.cache(template.fetch, "template", SIZE)
     second.cache(template.fetch, "template", SIZE)
-    first._store.remove("template")  # type: ignore[attr-defined]
+    assert isinstance(first, Rbd)
+    first._store.remove("template")
 
     assert "template:template" not in images(ceph, rbd_pool)
     assert len(images(ceph, rbd_pool)) == 3
