@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from oslo_config import cfg
 
 from imagebackend import exceptions, faults, names
-from imagebackend.images import disk_file, rbd_disk, rbd_exchange, rbd_location, transfer
+from imagebackend.images import disk_file, rbd_disk, rbd_encryption, rbd_exchange, rbd_location, rbd_options, transfer
 from imagebackend.images.base import Capabilities, Image, Progress, Snapshot
 from imagebackend.images.model import RBDImage
+from imagebackend.images.rbd_encryption import Encryption
 from imagebackend.images.rbd_template import RbdTemplate, RbdTemplates
 from imagebackend.storage import ceph, publish, qemu_img, rbd_data
 from imagebackend.templates import inspection
@@ -28,7 +29,7 @@ from imagebackend.templates.leases import Owner
 if TYPE_CHECKING:
     from imagebackend.guest import LibvirtConfigGuestDisk
 
-__all__ = ["Rbd", "Usage"]
+__all__ = ["Encryption", "Rbd", "Usage"]
 
 LOG = logging.getLogger(__name__)
 
@@ -52,15 +53,18 @@ class Rbd(Image):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        #: Set this before an encrypted disk is made, filled or read. A disk that is encrypted shows its content, and
+        #: has its size, without the header of LUKS; libvirt is told of the secret.
+        self.encryption: Encryption | None = None
         pool, namespace, name = rbd_location.parse_path(self.path)
-        self.pool = ceph.Pool(_settings(self.conf), pool, namespace)
-        self._layout = _layout(self.conf)
+        self.pool = ceph.Pool(rbd_options.settings(self.conf), pool, namespace)
+        self._layout = rbd_options.layout(self.conf)
         self._disk = self._disk_called(self.instance, self.disk_name, name)
         self._store = RbdTemplates(self.conf, self.pool, self._layout)
 
     def _default_path(self) -> str:
         name = rbd_location.image_name(self.instance, self.disk_name)
-        return rbd_location.format_path(_pool(self.conf), name)
+        return rbd_location.format_path(rbd_options.pool(self.conf), name)
 
     @classmethod
     def names_of_path(cls, path: str) -> tuple[str, str]:
@@ -70,7 +74,7 @@ class Rbd(Image):
 
     @classmethod
     def stored(cls, conf: cfg.ConfigOpts) -> Iterator[tuple[str, str]]:
-        pool = _pool(conf)
+        pool = rbd_options.pool(conf)
         # A disk that is just being replaced is there, though no image has its name.
         for image in {*pool.images(), *pool.intents()}:
             found = rbd_location.disk_names(image)
@@ -83,7 +87,7 @@ class Rbd(Image):
 
         :returns: the names of the images that were worked on.
         """
-        pool = _pool(conf)
+        pool = rbd_options.pool(conf)
         swept = []
         for name in pool.intents():
             found = rbd_location.disk_names(name)
@@ -94,7 +98,7 @@ class Rbd(Image):
                     if disk.is_left():
                         disk.settle()
                         swept.append(name)
-        return swept + RbdTemplates(conf, pool, _layout(conf)).sweep()
+        return swept + RbdTemplates(conf, pool, rbd_options.layout(conf)).sweep()
 
     @property
     def capabilities(self) -> Capabilities:
@@ -112,6 +116,9 @@ class Rbd(Image):
         with self._disk.lock():
             self._disk.settle()
             if self._disk.exists():
+                return
+            if self.encryption is not None:
+                self._copy_cached(prepare_template, name, size, *args, **kwargs)
                 return
             template = None if name in self.templates.names() else self._store.find(name)
             if template is not None:
@@ -140,18 +147,21 @@ class Rbd(Image):
             current = self.get_disk_size(self.path)
             if transfer.is_grown(self.path, current, size):
                 return
+            header = self._disk.header_size()
             if domain is not None and domain.isActive():
+                if header:
+                    raise exceptions.Unsupported("growing a running encrypted disk", "librbd would cut off its end")
                 transfer.resize_running(domain, self._target_device(domain), size)
             else:
                 self._disk.refuse_in_use()
                 with self.pool.open(self._disk.name) as image:
-                    image.resize(size)
+                    image.resize(size + header)
                 faults.point("disk.resize.changed")
         LOG.info("disk %s grown from %d to %d bytes", self.path, current, size)
 
     def get_disk_size(self, name: str) -> int:
         with self.pool.open(self._disk.name, read_only=True) as image:
-            size: int = image.size()
+            size: int = image.size() - self._disk.header_size()
             return size
 
     def create_snap(self, name: str) -> None:
@@ -184,13 +194,13 @@ class Rbd(Image):
 
     def list_snaps(self) -> list[Snapshot]:
         with self.pool.open(self._disk.name, read_only=True) as image:
-            found = []
+            found, header = [], self._disk.header_size()
             for each in sorted(image.list_snaps(), key=lambda snapshot: snapshot["id"]):
                 # Not those that librbd keeps for clones, nor one that lives for as long as a direct snapshot takes.
                 if each["namespace"] or ":" in each["name"]:
                     continue
                 created = image.get_snap_timestamp(each["id"]).replace(tzinfo=datetime.UTC)
-                found.append(Snapshot(each["name"], created.isoformat(timespec="seconds"), each["size"]))
+                found.append(Snapshot(each["name"], created.isoformat(timespec="seconds"), each["size"] - header))
             return found
 
     def flatten(self, *, progress: Progress | None = None) -> None:
@@ -199,7 +209,7 @@ class Rbd(Image):
             parent = rbd_disk.parent_of(self.pool, self._disk.name)
             if parent is not None:
                 with self.pool.open(self._disk.name) as image:
-                    image.flatten(on_progress=_reporting(progress))
+                    rbd_data.flatten(image, progress)
                 faults.point("disk.flatten.changed")
                 rbd_disk.bury_zombie(self.pool, *parent)
             self.templates.release_all(self._disk.owner)
@@ -252,6 +262,8 @@ class Rbd(Image):
         """
         locations = [image_id_or_uri] if isinstance(image_id_or_uri, str) else list(image_id_or_uri)
         reasons = []
+        if self.encryption is not None:
+            raise exceptions.ImageUnacceptable(", ".join(locations), "an encrypted disk is made with cache()")
         with self._disk.lock():
             self._disk.settle()
             if self._disk.exists():
@@ -287,6 +299,8 @@ class Rbd(Image):
             raise exceptions.Unsupported(f"a direct snapshot in {image_format}", "images in a Ceph pool are raw")
         with self._disk.lock():
             self._settle()
+            if self._disk.header_size():
+                raise exceptions.Unsupported("a direct snapshot of an encrypted disk", "nobody could read the image")
             location = rbd_exchange.copy(self._disk, snapshot_name, image_id, self._layout)
         LOG.info("disk %s copied to %s", self.path, location)
         return str(location)
@@ -332,7 +346,7 @@ class Rbd(Image):
         :raises DiskNotFound: there is no such disk.
         """
         with self.pool.open(self._disk.name, read_only=True) as image:
-            return Usage(image.size(), rbd_data.allocated(image))
+            return Usage(image.size() - self._disk.header_size(), rbd_data.allocated(image))
 
     @staticmethod
     def is_shared_block_storage() -> bool:
@@ -350,6 +364,7 @@ class Rbd(Image):
         for host, port in self.pool.monitors():
             disk.source_hosts.append(host)
             disk.source_ports.append(port)
+        rbd_encryption.describe(disk, self._disk.record().get("encryption"))
         disk.source_config_file = self.pool.settings.conf_file or None
         if user is not None:
             disk.auth_username = user
@@ -399,6 +414,19 @@ class Rbd(Image):
             self._clone_template(stored, wanted, lambda: self._store.ensure(template, wanted, kwargs.get("progress")))
             undo.pop_all()
 
+    def _copy_cached(
+        self, prepare_template: FetchFunction, name: str, size: int | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Make the disk, encrypted, from a template of the cache; it depends on nothing."""
+        with (
+            self.templates.use(name, prepare_template, *args, size=size, **kwargs) as template,
+            transfer.open_file(template.path) as source,
+        ):
+            self.verify_base_size(template.path, size, template.virtual_size)
+            if template.format != "raw":
+                raise exceptions.InvalidConfiguration("[DEFAULT] force_raw_images", "disks in Ceph are raw; set it")
+            self._fill(self._disk, source, size or template.virtual_size, kwargs.get("progress"))
+
     def _clone_stored(self, template: RbdTemplate, size: int | None) -> None:
         """Make the disk from a template of the pool."""
         wanted = size or template.virtual_size
@@ -421,13 +449,19 @@ class Rbd(Image):
         prepare()
         self._disk.clone(self.pool, template.image, snapshot, self._layout)
 
-    def _fill(self, disk: rbd_disk.RbdDisk, source: int) -> None:
-        size = -(-os.fstat(source).st_size // names.SECTOR) * names.SECTOR
-        with disk.fill(size, self._layout, {"format": "raw"}) as image:
-            rbd_data.write_from(source, image)
+    def _fill(self, disk: rbd_disk.RbdDisk, source: int, size: int = 0, progress: Progress | None = None) -> None:
+        if self.encryption is None and disk.exists() and disk.header_size():
+            raise exceptions.InvalidArgument(f"disk {disk.spec} is encrypted: set 'encryption' to replace it")
+        size = -(-max(size, os.fstat(source).st_size) // names.SECTOR) * names.SECTOR
+        with disk.fill(size, self._layout, {"format": "raw"}, self.encryption) as image:
+            rbd_data.write_from(source, image, progress=progress)
 
     def _read(self, descriptor: int, progress: Progress | None) -> None:
         with self.pool.open(self._disk.name, read_only=True) as image:
+            if self._disk.header_size():
+                if self.encryption is None:
+                    raise exceptions.InvalidArgument(f"disk {self.path} is encrypted: set its 'encryption' to read it")
+                self.encryption.load(image)
             rbd_data.read_into(image, descriptor, progress=progress)
 
     @staticmethod
@@ -459,43 +493,3 @@ class Rbd(Image):
             if source is not None and target is not None and source.get("name") == self._disk.spec:
                 return str(target.get("dev"))
         raise exceptions.DiskNotFound(self._disk.spec, "the domain has no such disk")
-
-
-def _settings(conf: cfg.ConfigOpts) -> ceph.Settings:
-    libvirt = conf.libvirt
-    return ceph.Settings(
-        libvirt.images_rbd_ceph_conf,
-        libvirt.rbd_user or None,
-        libvirt.rbd_connect_timeout,
-        libvirt.rbd_operation_timeout,
-        libvirt.images_rbd_clone_format,
-    )
-
-
-def _pool(conf: cfg.ConfigOpts) -> ceph.Pool:
-    pool = rbd_location.pool_name("[libvirt] images_rbd_pool", conf.libvirt.images_rbd_pool)
-    namespace: str = conf.libvirt.images_rbd_namespace
-    if namespace:
-        rbd_location.pool_name("[libvirt] images_rbd_namespace", namespace)
-    return ceph.Pool(_settings(conf), pool, namespace)
-
-
-def _layout(conf: cfg.ConfigOpts) -> ceph.Layout:
-    size = conf.libvirt.images_rbd_object_size
-    if size and (size & (size - 1) or size < 4096):
-        raise exceptions.InvalidConfiguration(
-            "[libvirt] images_rbd_object_size", f"{size} is not a power of two from 4096 on"
-        )
-    return ceph.Layout(tuple(conf.libvirt.images_rbd_features), size, conf.libvirt.images_rbd_data_pool)
-
-
-def _reporting(progress: Progress | None) -> Callable[[int, int], int] | None:
-    """Return librbd's form of a progress callback, which counts objects."""
-    if progress is None:
-        return None
-
-    def report(done: int, total: int) -> int:
-        progress(done, total)
-        return 0
-
-    return report

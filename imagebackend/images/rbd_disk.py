@@ -18,6 +18,8 @@ from typing import Any
 from oslo_config import cfg
 
 from imagebackend import exceptions, faults, locks
+from imagebackend.images import rbd_encryption
+from imagebackend.images.rbd_encryption import Encryption
 from imagebackend.storage import ceph, publish
 from imagebackend.templates.leases import Owner
 
@@ -113,6 +115,14 @@ class RbdDisk:
             raise exceptions.DiskNotFound(self.spec)
         return parse_record(self.spec, self.pool.metadata(image_id, RECORD))
 
+    def header_size(self) -> int:
+        """Return how many bytes of the image are the header of its encryption; 0: it is not encrypted.
+
+        :raises DiskNotFound: it is not there.
+        """
+        size: int = self.record().get("encryption", {}).get("header", 0)
+        return size
+
     def clone(self, parent: ceph.Pool, image: str, snapshot: str, layout: ceph.Layout) -> None:
         """Make the disk from a snapshot.
 
@@ -131,14 +141,22 @@ class RbdDisk:
             faults.point("disk.create.cloned")
 
     @contextlib.contextmanager
-    def fill(self, size: int, layout: ceph.Layout, record: dict[str, Any]) -> Iterator[Any]:
+    def fill(
+        self, size: int, layout: ceph.Layout, record: dict[str, Any], encryption: Encryption | None = None
+    ) -> Iterator[Any]:
         """Give a new, open image to fill in the block; at the end of the block it takes the disk's place.
 
-        :param size: bytes.
+        :param size: bytes, without what encryption adds.
         """
         with self._intended("fill"):
-            self.pool.create(self._partial, size, layout)
+            if encryption is None:
+                self.pool.create(self._partial, size, layout)
+            else:
+                facts = rbd_encryption.create(self.pool, self._partial, size, layout, encryption)
+                record = {**record, "encryption": facts}
             with self.pool.open(self._partial) as image:
+                if encryption is not None:
+                    encryption.load(image)
                 faults.point("disk.create.opened")
                 yield image
                 image.metadata_set(RECORD, json.dumps({"version": 1, **record}))

@@ -16,7 +16,7 @@ from typing import Any
 from imagebackend import exceptions
 from imagebackend.storage import sparse_copy
 
-__all__ = ["Progress", "allocated", "read_into", "write_from"]
+__all__ = ["Progress", "allocated", "flatten", "read_into", "write_from"]
 
 Progress = Callable[[int, int], None]
 
@@ -78,6 +78,19 @@ def read_into(image: Any, target: int, *, progress: Progress | None = None) -> N
             _finish(pieces.popleft())
         _store(arrived, target)
     _tell(progress, size, size)
+
+
+def flatten(image: Any, progress: Progress | None = None) -> None:
+    """Copy into an image all that it has from its parent, and cut the tie.
+
+    :param progress: called with the objects done and in all.
+    """
+
+    def report(done: int, total: int) -> int:
+        _tell(progress, done, total)
+        return 0
+
+    image.flatten(on_progress=report)
 
 
 def allocated(image: Any) -> int:

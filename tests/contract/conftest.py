@@ -16,6 +16,7 @@ import rbd
 
 import imagebackend
 from imagebackend.backend import Backend
+from imagebackend.guest import LibvirtConfigGuestDisk
 from imagebackend.images.base import Image
 from imagebackend.images.model import LocalFileImage, RBDImage
 from imagebackend.storage import ceph
@@ -73,6 +74,9 @@ def template_content() -> bytes:
 
 class Store:
     """A backend on real storage, and the ways to look at its disks from outside."""
+
+    #: How QEMU does I/O on a disk that is not preallocated.
+    io_mode: str | None = "threads"
 
     def __init__(self, folder: Path, image_type: str, options: dict[str, Any]) -> None:
         self.folder = folder / "instances"
@@ -139,6 +143,10 @@ class Store:
         assert isinstance(model, LocalFileImage)
         assert (model.path, model.format) == (image.path, self.format(image))
 
+    def check_source(self, image: Image, disk: LibvirtConfigGuestDisk) -> None:
+        """Make sure that a description leads to the disk."""
+        assert (disk.source_type, disk.source_path) == ("file", image.path)
+
     def fence(self) -> None:
         """Make the storage notice at once that a process was killed."""
 
@@ -151,6 +159,8 @@ class Store:
 
 class RbdStore(Store):
     """A backend on an empty pool of a real Ceph cluster."""
+
+    io_mode = None
 
     def __init__(self, folder: Path, options: dict[str, Any], cluster: Cluster, pool: str) -> None:
         self.cluster = cluster
@@ -166,6 +176,12 @@ class RbdStore(Store):
         assert isinstance(model, RBDImage)
         assert (f"rbd:{model.pool}/{model.name}", model.format) == (image.path.partition(":conf=")[0], "raw")
         assert model.servers
+
+    def check_source(self, image: Image, disk: LibvirtConfigGuestDisk) -> None:
+        monitors = ceph.Pool(self._settings(), self.pool).monitors()
+        assert (disk.source_type, disk.source_protocol, disk.source_path) == ("network", "rbd", None)
+        assert image.path.startswith(f"rbd:{disk.source_name}:")
+        assert tuple(zip(disk.source_hosts, disk.source_ports, strict=True)) == monitors
 
     def files(self) -> set[str]:
         """Return what is in the folder and in the pool: images, snapshots, the trash, intents."""

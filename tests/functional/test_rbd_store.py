@@ -12,7 +12,7 @@ import pytest
 import rbd
 
 from imagebackend import Backend, exceptions
-from imagebackend.images.rbd import Rbd
+from imagebackend.images.rbd import Encryption, Rbd
 from imagebackend.images.rbd_template import RbdTemplates
 from imagebackend.storage import ceph as storage
 from tests.functional.ceph import Contents, rbd_backend, read
@@ -246,6 +246,56 @@ def test_the_sweep_removes_what_killed_processes_left(
     assert images(ceph, rbd_pool) == {"template:debian", "guest_disk", "busy_disk"}
     assert Rbd.sweep(backend.conf) == []
     assert [image.path for image in backend.disks()] == [disk.path]
+
+
+@pytest.mark.parametrize("luks", ["luks1", "luks2"])
+def test_an_encrypted_disk_holds_the_template_and_keeps_it_secret(
+    ceph: Cluster, rbd_pool: str, template: Contents, tmp_path: Path, luks: str
+) -> None:
+    backend = rbd_backend(ceph, rbd_pool, tmp_path / "instances")
+    disk = backend.image("guest", "disk")
+    assert isinstance(disk, Rbd)
+    disk.encryption = Encryption("correct horse", "8d3c7f52-6a0e-4f0b-9c1d-2b7e5a4f9e10", luks)
+    assert "correct horse" not in repr(disk.encryption)
+
+    disk.cache(template.fetch, "debian", 32 * MIB)
+
+    assert disk.get_disk_size(disk.path) == 32 * MIB
+    with context(ceph, rbd_pool) as opened, rbd.Image(opened, "guest_disk", read_only=True) as image:
+        stored = image.read(0, image.size())
+    assert stored.startswith(b"LUKS\xba\xbe")
+    assert template.content[:4096] not in stored
+    xml = disk.libvirt_info("virtio", "vda", "disk", None, {}).to_xml()
+    assert f'<encryption format="{luks.replace("luks1", "luks")}" engine="librbd">' in xml
+    assert 'type="passphrase" uuid="8d3c7f52-6a0e-4f0b-9c1d-2b7e5a4f9e10"' in xml
+
+    disk.create_snap("one")
+    disk.resize_image(40 * MIB)
+    assert disk.get_disk_size(disk.path) == 40 * MIB
+    assert [snapshot.virtual_size for snapshot in disk.list_snaps()] == [32 * MIB]
+    assert read(disk, tmp_path / "copy") == template.content + bytes(16 * MIB)
+
+    again = backend.image("guest", "disk")
+    assert isinstance(again, Rbd)
+    for work in (
+        lambda: again.snapshot_extract(str(tmp_path / "secret"), "raw"),
+        lambda: again.import_file("guest", str(template.path), "disk"),
+    ):
+        with pytest.raises(exceptions.InvalidArgument, match="is encrypted"):
+            work()
+    with pytest.raises(exceptions.Unsupported):
+        again.direct_snapshot(None, "nightly", "raw", "an-image", "base")
+    again.encryption = Encryption("wrong", "8d3c7f52-6a0e-4f0b-9c1d-2b7e5a4f9e10", luks)
+    with pytest.raises(exceptions.StorageError):
+        again.snapshot_extract(str(tmp_path / "secret"), "raw")
+    assert not (tmp_path / "secret").exists()
+    disk.remove()
+    assert images(ceph, rbd_pool) == set()
+
+
+def test_an_unknown_encryption_is_refused() -> None:
+    with pytest.raises(exceptions.InvalidArgument):
+        Encryption("passphrase", "8d3c7f52-6a0e-4f0b-9c1d-2b7e5a4f9e10", "rot13")
 
 
 def test_a_user_without_a_secret_is_a_clear_error(ceph: Cluster, rbd_pool: str, tmp_path: Path) -> None:
