@@ -120,9 +120,8 @@ class Rbd(Image):
             if self.encryption is not None:
                 self._copy_cached(prepare_template, name, size, *args, **kwargs)
                 return
-            template = None if name in self.templates.names() else self._store.find(name)
+            template = self._find_stored(name)
             if template is not None:
-                # Another host fetched and imported it.
                 self._clone_stored(template, size)
             else:
                 self._clone_cached(prepare_template, name, size, *args, **kwargs)
@@ -161,8 +160,7 @@ class Rbd(Image):
 
     def get_disk_size(self, name: str) -> int:
         with self.pool.open(self._disk.name, read_only=True) as image:
-            size: int = image.size() - self._disk.header_size()
-            return size
+            return int(image.size() - self._disk.header_size())
 
     def create_snap(self, name: str) -> None:
         names.check_name("snapshot", name)
@@ -427,6 +425,13 @@ class Rbd(Image):
                 raise exceptions.InvalidConfiguration("[DEFAULT] force_raw_images", "disks in Ceph are raw; set it")
             self._fill(self._disk, source, size or template.virtual_size, kwargs.get("progress"))
 
+    def _find_stored(self, name: str) -> RbdTemplate | None:
+        """Return a template that another host has imported, if this one has not fetched it itself."""
+        with contextlib.suppress(exceptions.TemplateNotFound):
+            self.templates.get(name)
+            return None
+        return self._store.find(name)
+
     def _clone_stored(self, template: RbdTemplate, size: int | None) -> None:
         """Make the disk from a template of the pool."""
         wanted = size or template.virtual_size
@@ -439,13 +444,12 @@ class Rbd(Image):
         snapshot = template.snapshot(size)
         try:
             self._disk.clone(self.pool, template.image, snapshot, self._layout)
+            return
         except exceptions.DiskNotFound:
             pass
         except exceptions.StorageError as error:
             if error.errno != errno.EINVAL:  # format 1, and its maker was killed before it protected the snapshot
                 raise
-        else:
-            return
         prepare()
         self._disk.clone(self.pool, template.image, snapshot, self._layout)
 

@@ -32,7 +32,7 @@ __all__ = ["Layout", "Pool", "Settings", "Watcher"]
 LOG = logging.getLogger(__name__)
 
 _INTENTS = "imagebackend.intents"
-_MOST_INTENTS = 1000
+_INTENTS_AT_ONCE = 1000
 _LARGEST = 64 << 10
 # Monitors come and go over days, and a client that knows one of them finds the others.
 _MONITORS_VALID = 30.0
@@ -228,9 +228,17 @@ class Pool:
     def intents(self) -> dict[str, str]:
         """Return every intent on record, by image."""
         rados = _rados()
-        with self.errors(_INTENTS), rados.ReadOpCtx() as operation:
-            found, _ = self._context().get_omap_vals(operation, "", "", _MOST_INTENTS)
-            return self._read_intents(operation, found)
+        intents: dict[str, str] = {}
+        last = ""
+        with self.errors(_INTENTS):
+            while True:
+                with rados.ReadOpCtx() as operation:
+                    found, _ = self._context().get_omap_vals(operation, last, "", _INTENTS_AT_ONCE)
+                    more = self._read_intents(operation, found)
+                if not more:
+                    return intents
+                intents |= more
+                last = max(more)
 
     def intent(self, image: str) -> str | None:
         """Return what is being done to an image, None if nothing: one request."""
