@@ -299,7 +299,10 @@ class TemplateCache:
             faults.point("template.fetch.start")
             fetched = fetch_func(*args, target=download, **kwargs)
             faults.point("template.fetch.fetched")
-            template = self._publish(name, download, fetched, fetch_func, size, progress)
+            with contextlib.ExitStack() as discard:
+                discard.callback(self._discard_quietly, name)
+                template = self._publish(name, download, fetched, fetch_func, size, progress)
+                discard.pop_all()
         LOG.info("template %s fetched from %s: %s, %d bytes", name, template.source, template.format, template.size)
         return template
 
@@ -357,6 +360,12 @@ class TemplateCache:
             conversion.to_raw(image, download, verdict, target, partial, self._conf, progress)
             faults.point("template.fetch.converted")
             return digest.compute(target, digest.BLOCKS, path)
+
+    def _discard_quietly(self, name: str) -> None:
+        # An undo step: the error that led here matters more. The record goes first, as in remove().
+        with contextlib.suppress(exceptions.ImageBackendError):
+            publish.remove_file(self._record(name))
+            publish.remove_file(self.path(name))
 
     def _check_size(self, name: str, verdict: inspection.Verdict, size: int | None) -> None:
         limit = self._conf.image_cache.max_virtual_size

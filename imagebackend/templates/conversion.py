@@ -54,7 +54,10 @@ def to_raw(
         except exceptions.Unsupported:
             pass
         else:
-            os.ftruncate(target, verdict.virtual_size)
+            try:
+                os.ftruncate(target, verdict.virtual_size)
+            except OSError as error:
+                raise exceptions.storage_error(error, target_path) from error
             sparse_copy.copy_runs(source, target, runs, progress=progress)
             return
     timeout = conf.libvirt.images_tool_timeout
