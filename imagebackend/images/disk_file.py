@@ -60,8 +60,6 @@ class DiskFile:
         self.locks = f"{instances}/locks"
         #: Where content is put together that then becomes the disk in another format.
         self.scratch = f"{self.folder}/.{disk_name}.scratch"
-        # The recorded format, once it has been read: it does not change while the disk is there.
-        self._format: str | None = None
         self._intent = f"{self.folder}/.{disk_name}.intent"
         self._broken = f"{self.folder}/.{disk_name}.broken"
 
@@ -136,15 +134,16 @@ class DiskFile:
     def record(self, disk_format: str) -> None:
         """Record the disk's format, for good."""
         disk_info.record(self.path, disk_format, **self._record_options())
-        self._format = disk_format
 
     def resolve_format(self, default: str) -> str:
-        """Return the disk's recorded format; a disk that has none recorded is ``default`` from now on."""
-        if self._format is None:
-            self._format = disk_info.read(self.path)
-        if self._format is None and self.exists():
+        """Return the disk's recorded format; a disk that has none recorded is ``default`` from now on.
+
+        It is read each time: another process may have made the disk anew, in another format.
+        """
+        recorded = disk_info.read(self.path)
+        if recorded is None and self.exists():
             self.record(default)
-        return self._format or default
+        return recorded or default
 
     def refuse_in_use(self) -> None:
         """Make sure that no guest, no tool and no loop device has the disk open for writing.
@@ -235,7 +234,6 @@ class DiskFile:
 
         The record goes last: a disk without a format is the one thing that must never be seen.
         """
-        self._format = None
         disk_info.forget(self.path, **self._record_options())
         faults.point("disk.remove.recorded")
         try:

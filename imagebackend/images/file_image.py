@@ -117,8 +117,9 @@ class FileImage(Image):
         LOG.info("disk %s grown from %d to %d bytes", self.path, current, size)
 
     def get_disk_size(self, name: str) -> int:
-        disk_format = self.resolve_driver_format() if name == self.path else disk_info.read(name)
-        return transfer.virtual_size(name, disk_format or self.new_format)
+        if name == self.path:
+            return self._stored().virtual_size()
+        return transfer.virtual_size(name, disk_info.read(name) or self.new_format)
 
     def create_snap(self, name: str) -> None:
         names.check_name("snapshot", name)
@@ -165,9 +166,11 @@ class FileImage(Image):
         :raises DiskNotFound: the disk, or a file that it depends on, is not there.
         :raises ImageUnacceptable: a header names a file that it must not, or the chain is too deep.
         """
-        if self.resolve_driver_format() == "qcow2":
+        stored = self._stored()
+        stored.check()
+        if isinstance(stored, Qcow2File):
             return qcow2.backing_chain(self.path)
-        return [qcow2.BackingFile(self.path, "raw", self._stored().virtual_size())]
+        return [qcow2.BackingFile(self.path, "raw", stored.virtual_size())]
 
     def snapshot_extract(
         self, target: str, out_format: str | None = None, *, progress: Progress | None = None
@@ -214,8 +217,10 @@ class FileImage(Image):
             with self._file.lock():
                 self._settle()
         self._file.require()
+        stored = self._stored()
+        stored.check()
         disk.source_path = self.path
-        disk.driver_format = self._stored().disk_format
+        disk.driver_format = stored.disk_format
 
     def _is_ready(self) -> bool:
         return self._file.exists() and self._file.is_settled()

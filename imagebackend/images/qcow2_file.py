@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable
 
 from imagebackend import exceptions
@@ -30,12 +31,20 @@ class Qcow2File:
         self._conf = disk.conf
         self._templates = templates
 
+    def check(self) -> None:
+        """Make sure that a tool may open the disk.
+
+        :raises ImageUnacceptable: it depends on a file that is no template of this cache.
+        """
+        self._header()
+
     def settle(self) -> None:
         """Finish, or undo, a change that was cut short, and hold the lease that the disk needs; under its lock.
 
         :raises ImageUnacceptable: the disk depends on a file that is no template of this cache.
         :raises CorruptDisk: it is damaged.
         """
+        self.check()
         intent = self._disk.repair()
         if intent is not None:
             if intent["operation"] == "rollback":
@@ -59,20 +68,9 @@ class Qcow2File:
             qemu_img.resize(self._disk.path, "qcow2", size, preallocation=preallocation, **options)
 
     def template_name(self) -> str | None:
-        """Return the name of the template that the disk depends on, or None.
-
-        :raises ImageUnacceptable: it depends on another file.
-        """
-        header = self._header()
-        if header.data_file:
-            raise exceptions.ImageUnacceptable(self._disk.path, "its data lie in another file")
-        if header.backing_file is None:
-            return None
-        folder, _, name = header.backing_file.rpartition("/")
-        if folder != self._templates.folder:
-            reason = f"its backing file {header.backing_file} is no template in {self._templates.folder}"
-            raise exceptions.ImageUnacceptable(self._disk.path, reason)
-        return name
+        """Return the name of the template that the disk depends on, or None."""
+        backing_file = self._header().backing_file
+        return None if backing_file is None else os.path.basename(backing_file)
 
     def can_snapshot(self) -> bool:
         """Return True."""
@@ -82,7 +80,7 @@ class Qcow2File:
         """Return the snapshots, oldest first."""
         path = self._disk.path
         with transfer.open_file(path) as descriptor:
-            found = qcow2.read_snapshots(descriptor, qcow2.read_header(descriptor, path), path)
+            found = qcow2.read_snapshots(descriptor, self._read_header(descriptor), path)
         return [Snapshot(each.name, each.created.isoformat(timespec="seconds"), each.virtual_size) for each in found]
 
     def create_snapshot(self, name: str) -> None:
@@ -128,7 +126,23 @@ class Qcow2File:
 
     def _header(self) -> qcow2.Header:
         with transfer.open_file(self._disk.path) as descriptor:
-            return qcow2.read_header(descriptor, self._disk.path)
+            return self._read_header(descriptor)
+
+    def _read_header(self, descriptor: int) -> qcow2.Header:
+        path = self._disk.path
+        header = qcow2.read_header(descriptor, path)
+        if header.data_file:
+            raise exceptions.ImageUnacceptable(path, "its data lie in another file")
+        if header.backing_file is not None and not self._is_template(header.backing_file):
+            reason = f"its backing file {header.backing_file} is no template in {self._templates.folder}"
+            raise exceptions.ImageUnacceptable(path, reason)
+        return header
+
+    def _is_template(self, path: str) -> bool:
+        try:
+            return path == self._templates.path(os.path.basename(path))
+        except exceptions.InvalidName:
+            return False
 
     def _refuse_snapshots(self, operation: str) -> None:
         found = [snapshot.name for snapshot in self.snapshots()]

@@ -25,6 +25,9 @@ class RawFile:
         self._disk = disk
         self._conf = disk.conf
 
+    def check(self) -> None:
+        """Do nothing: what is in a raw file is its guest's."""
+
     def settle(self) -> None:
         """Do nothing: no change of a raw file can be half done."""
 
