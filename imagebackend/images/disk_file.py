@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the backends that keep a disk in a file share: its lock, its record, its publication, its repair."""
+"""A disk's file and everything beside it: its lock, its record, its publication, its repair."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import logging
 import os
 import pathlib
 import stat
@@ -16,25 +17,31 @@ from oslo_config import cfg
 
 from imagebackend import exceptions, faults, locks, names, process
 from imagebackend.images import disk_info
-from imagebackend.storage import image_lock, publish, qemu_img
+from imagebackend.storage import image_lock, loop_device, publish, qemu_img
 from imagebackend.templates.leases import Owner
 
-__all__ = ["DiskFile", "default_path", "for_disk", "tool_options"]
+__all__ = ["DiskFile", "for_disk", "tool_options"]
 
+LOG = logging.getLogger(__name__)
 
-def default_path(conf: cfg.ConfigOpts, instance: str, disk_name: str) -> str:
-    """Return where the disk of an instance is kept."""
-    return f"{os.path.abspath(conf.instances_path)}/{instance}/{disk_name}"
+#: Names in ``instances_path`` that are no instance's, and names in an instance's folder that are no disk's.
+_NO_INSTANCES = ("locks", "snapshots")
+_NO_DISKS = ("disk.info",)
 
 
 def for_disk(conf: cfg.ConfigOpts, instance: object, disk_name: str) -> DiskFile:
     """Return the file of an instance's disk.
 
     :param instance: anything with a ``uuid``, or a string.
-    :raises InvalidName: one of the names is not safe.
+    :raises InvalidName: one of the names is not safe, or stands for something else.
     """
     name = names.instance_id(instance)
-    return DiskFile(conf, name, names.check_name("disk", disk_name), default_path(conf, name, disk_name))
+    names.check_name("disk", disk_name)
+    if name in (*_NO_INSTANCES, conf.image_cache.subdirectory_name):
+        raise exceptions.InvalidName("instance", name, "instances_path has something else of that name")
+    if disk_name in _NO_DISKS:
+        raise exceptions.InvalidName("disk", disk_name, "the record of the instance's disks is called that")
+    return DiskFile(conf, name, disk_name)
 
 
 def tool_options(conf: cfg.ConfigOpts) -> dict[str, Any]:
@@ -45,23 +52,23 @@ def tool_options(conf: cfg.ConfigOpts) -> dict[str, Any]:
 
 
 class DiskFile:
-    """A disk's file and everything beside it. Making the object does no I/O.
+    """A disk's file. Making the object does no I/O.
 
     :param conf: options of this library.
-    :param instance, disk_name: the disk.
-    :param path: its file, absolute.
+    :param instance, disk_name: the disk; the names are safe.
     """
 
-    def __init__(self, conf: cfg.ConfigOpts, instance: str, disk_name: str, path: str) -> None:
+    def __init__(self, conf: cfg.ConfigOpts, instance: str, disk_name: str) -> None:
+        instances = os.path.abspath(conf.instances_path)
         self.conf = conf
-        self.path = path
-        self.owner = Owner(instance, disk_name, conf.host, path)
-        self.folder, name = os.path.split(path)
-        self._locks = f"{os.path.abspath(conf.instances_path)}/locks"
-        self._intent = f"{self.folder}/.{name}.intent"
-        self._broken = f"{self.folder}/.{name}.broken"
+        self.folder = f"{instances}/{instance}"
+        self.path = f"{self.folder}/{disk_name}"
+        self.owner = Owner(instance, disk_name, conf.host, self.path)
+        self.locks = f"{instances}/locks"
         #: Where content is put together that then becomes the disk in another format.
-        self.scratch = f"{self.folder}/.{name}.scratch"
+        self.scratch = f"{self.folder}/.{disk_name}.scratch"
+        self._intent = f"{self.folder}/.{disk_name}.intent"
+        self._broken = f"{self.folder}/.{disk_name}.broken"
 
     def exists(self) -> bool:
         """Return whether the disk is there; what has its name is whole.
@@ -90,56 +97,79 @@ class DiskFile:
             raise exceptions.CorruptDisk(self.path, f"found damaged ({self._broken}); restore it, or remove the disk")
 
     def is_settled(self) -> bool:
-        """Return whether no change of the disk was cut short, or is under way."""
+        """Return whether no change of the disk was cut short or is under way, and none has damaged it."""
         return not os.path.exists(self._intent)
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock under which the disk is made and changed."""
-        path = f"{self._locks}/disk-{self.owner.instance}_{self.owner.disk}"
+        path = f"{self.locks}/disk-{self.owner.instance}_{self.owner.disk}"
         return locks.hold(path, timeout=self.conf.lock_timeout, transient=True)
 
     @contextlib.contextmanager
-    def create(self, disk_format: str) -> Iterator[tuple[int, str]]:
-        """Give an empty file to make the disk in; at the end of the block it is recorded and gets its name."""
-        with publish.new_file(self.path, durable=self.conf.durable_writes) as (descriptor, partial):
-            yield descriptor, partial
-            faults.point("disk.create.filled")
-            self.record(disk_format)
-            faults.point("disk.create.recorded")
+    def lock_to_remove(self) -> Iterator[None]:
+        """Hold the lock; go without it where the file system is too full for a lock file: nobody could make room."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self.lock())
+            except exceptions.InsufficientSpace as error:
+                LOG.warning("removing %s without its lock: %s", self.path, error)
+            yield
+
+    @contextlib.contextmanager
+    def create(self, disk_format: str, *, replace: bool = False) -> Iterator[tuple[int, str]]:
+        """Give an empty file to make the disk in; at the end of the block it is recorded and gets its name.
+
+        :param replace: a disk may be there, recorded in the same format; otherwise none is.
+        """
+        with contextlib.ExitStack() as undo:
+            if not replace:
+                undo.callback(self._forget_quietly)
+            durable = self.conf.durable_writes
+            with publish.new_file(self.path, durable=durable, replace=replace) as (descriptor, partial):
+                yield descriptor, partial
+                faults.point("disk.create.filled")
+                if durable:
+                    # Starts writing back at once, so that syncing it, after its record, finds little to do.
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                self.record(disk_format)
+                # Of a disk that had the name before.
+                if publish.remove_file(self._intent):
+                    publish.remove_file(self._broken)
+                faults.point("disk.create.recorded")
+            undo.pop_all()
 
     def record(self, disk_format: str) -> None:
         """Record the disk's format, for good."""
-        disk_info.record(
-            self.path,
-            disk_format,
-            lock=self._record_lock(),
-            timeout=self.conf.lock_timeout,
-            durable=self.conf.durable_writes,
-        )
+        disk_info.record(self.path, disk_format, **self._record_options())
 
     def resolve_format(self, default: str) -> str:
-        """Return the disk's recorded format; a disk that has none recorded is ``default`` from now on."""
+        """Return the disk's recorded format; a disk that has none recorded is ``default`` from now on.
+
+        It is read each time: another process may have made the disk anew, in another format.
+        """
         recorded = disk_info.read(self.path)
         if recorded is None and self.exists():
             self.record(default)
         return recorded or default
 
     def refuse_in_use(self) -> None:
-        """Make sure that no guest, and no tool, has the disk open for writing.
+        """Make sure that no guest, no tool and no loop device has the disk open for writing.
 
         :raises DiskInUse: one has.
         """
         if image_lock.is_in_use(self.path):
             raise exceptions.DiskInUse(self.path, "a running guest or a tool has it open; stop the guest first")
+        device = loop_device.find(self.path)
+        if device is not None:
+            raise exceptions.DiskInUse(self.path, f"{device} is attached to it; stop the container or detach it first")
 
     @contextlib.contextmanager
-    def change(self, disk_format: str, operation: str, **facts: Any) -> Iterator[None]:
-        """Change the disk in place in the block, with the intent on record.
+    def change(self, operation: str, **facts: Any) -> Iterator[None]:
+        """Change a qcow2 disk in place in the block, with the intent on record.
 
         qemu-img's changes are not atomic. If the block fails, or the process dies in it, the disk is checked: leaked
         clusters are given back, and damage marks it as not to be used.
 
-        :param disk_format: qcow2.
         :param operation: what is being done.
         :param facts: what whoever finds the intent has to know to finish the change.
         """
@@ -152,16 +182,18 @@ class DiskFile:
             yield
         except Exception as error:
             try:
-                self.repair(disk_format)
-                self.settle()
+                self.repair()
+                if not _may_be_half_done(operation, error):
+                    self.settle()
             except exceptions.ImageBackendError as damage:
                 error.add_note(f"and afterwards: {damage}")
             raise
         faults.point(f"disk.{operation}.changed")
         self.settle()
+        faults.point(f"disk.{operation}.settled")
 
-    def repair(self, disk_format: str) -> dict[str, Any] | None:
-        """Check a disk whose change was cut short, and give leaked clusters back; the caller holds the lock.
+    def repair(self) -> dict[str, Any] | None:
+        """Check a disk whose change was cut short, and mend its reference counts; the caller holds the lock.
 
         :returns: the intent that was found, as recorded by :meth:`change`; None if there was none. The caller does
             what remains to be done, then calls :meth:`settle`.
@@ -174,7 +206,10 @@ class DiskFile:
         except (OSError, ValueError) as error:
             reason = f"cannot be read ({error}); check the disk with 'qemu-img check', then remove this file"
             raise exceptions.CorruptRecord(self._intent, reason) from error
-        result = qemu_img.check(self.path, disk_format, repair_leaks=True, **self.tool_options())
+        result = qemu_img.check(self.path, "qcow2", repair="leaks", **self.tool_options())
+        if result.corruptions:
+            # What a change that was cut short leaves is wrong counts; the tables that they are made from are right.
+            result = qemu_img.check(self.path, "qcow2", repair="all", **self.tool_options())
         if result.corruptions:
             publish.write_file(self._broken, json.dumps(intent).encode(), durable=self.conf.durable_writes)
             reason = f"{result.corruptions} errors after '{intent['operation']}' was cut short; restore or remove it"
@@ -184,6 +219,9 @@ class DiskFile:
     def settle(self) -> None:
         """Drop the intent: the change was made, or undone."""
         publish.remove_file(self._intent)
+        if self.conf.durable_writes:
+            # One that came back after a power cut would be carried out again, over what the guest wrote since.
+            publish.sync_folder(self.folder)
 
     def tool_options(self) -> dict[str, Any]:
         """Return what :func:`tool_options` does for this disk."""
@@ -201,12 +239,7 @@ class DiskFile:
 
         The record goes last: a disk without a format is the one thing that must never be seen.
         """
-        disk_info.forget(
-            self.path,
-            lock=self._record_lock(),
-            timeout=self.conf.lock_timeout,
-            durable=self.conf.durable_writes,
-        )
+        disk_info.forget(self.path, **self._record_options())
         faults.point("disk.remove.recorded")
         try:
             os.rmdir(self.folder)
@@ -218,5 +251,25 @@ class DiskFile:
             if self.conf.durable_writes:
                 publish.sync_folder(self.folder)
 
-    def _record_lock(self) -> str:
-        return f"{self._locks}/record-{self.owner.instance}"
+    def _forget_quietly(self) -> None:
+        # An undo step: the error that led here matters more, and a record without a disk means nothing.
+        with contextlib.suppress(exceptions.ImageBackendError):
+            if not os.path.lexists(self.path):
+                self.forget()
+
+    def _record_options(self) -> dict[str, Any]:
+        return {
+            "lock": f"{self.locks}/record-{self.owner.instance}",
+            "timeout": self.conf.lock_timeout,
+            "durable": self.conf.durable_writes,
+        }
+
+
+def _may_be_half_done(operation: str, error: Exception) -> bool:
+    """Return whether a disk is neither what it was nor what it was to be, so that the intent has to stay.
+
+    Only a roll back can leave that: all else changes what no guest reads. It does if its tool was killed.
+    """
+    if operation != "rollback":
+        return False
+    return not isinstance(error, exceptions.ToolFailed) or error.exit_code is None or error.exit_code < 0

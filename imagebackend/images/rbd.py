@@ -220,7 +220,7 @@ class Rbd(Image):
         with self._disk.lock():
             self._settle()
             self._disk.refuse_in_use()
-            with publish.new_file(target, durable=self.conf.durable_writes) as (descriptor, partial):
+            with publish.new_file(target, durable=self.conf.durable_writes, replace=True) as (descriptor, partial):
                 if out_format == "raw":
                     self._read(descriptor, progress)
                     return

@@ -1,30 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole disks in files: measured, grown, copied in and out. What Raw and Qcow2 do alike."""
+"""Whole disks in files: measured, grown, copied in and out."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from typing import Any
 
 from oslo_config import cfg
 
-from imagebackend import exceptions, names
+from imagebackend import exceptions, locks, names
 from imagebackend.images.base import Progress
 from imagebackend.images.disk_file import DiskFile
-from imagebackend.storage import publish, qcow2, qemu_img, reflink, sparse_copy
+from imagebackend.images.qcow2_options import creation_options
+from imagebackend.storage import image_lock, publish, qcow2, qemu_img, reflink, sparse_copy
 from imagebackend.templates import inspection
 
 __all__ = [
     "check_filled",
+    "convert",
     "copy",
     "extract",
     "extract_target",
     "import_file",
     "is_grown",
+    "is_running",
     "open_file",
     "resize_running",
+    "set_length",
+    "set_size",
+    "sync",
     "virtual_size",
 ]
 
@@ -75,11 +82,25 @@ def is_grown(path: str, current: int, size: int) -> bool:
     return size == current
 
 
+def is_running(domain: Any) -> bool:
+    """Return whether a domain runs.
+
+    :param domain: a ``libvirt.virDomain``.
+    :raises StorageError: libvirt does not tell.
+    """
+    import libvirt
+
+    try:
+        return bool(domain.isActive())
+    except libvirt.libvirtError as error:
+        raise exceptions.StorageError(domain.name(), f"libvirt does not tell whether it runs: {error}") from error
+
+
 def resize_running(domain: Any, path: str, size: int) -> None:
     """Grow a disk through the running domain that has it, so that its guest sees the new size.
 
     :param domain: a ``libvirt.virDomain``.
-    :raises StorageError: libvirt refused.
+    :raises StorageError: libvirt refused, for one because the domain does not have this disk.
     """
     import libvirt
 
@@ -94,20 +115,55 @@ def check_filled(path: str, size: int) -> None:
 
     :raises StorageError: it has not.
     """
-    found = os.stat(path).st_size
+    try:
+        found = os.stat(path).st_size
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
     if found != size:
         raise exceptions.StorageError(
             path, f"was {size} bytes, and {found} bytes after it was filled; fill it in place"
         )
 
 
-def copy(conf: cfg.ConfigOpts, source: int, target: int, *, share: bool, progress: Progress | None) -> None:
-    """Copy a file, or share its blocks as ``[DEFAULT] reflink`` says.
+def set_length(descriptor: int, size: int, path: str) -> None:
+    """Make a file ``size`` bytes long.
 
-    :param share: whether sharing is wanted at all.
+    :raises InsufficientSpace, StorageError: it is not.
+    """
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+
+
+def set_size(conf: cfg.ConfigOpts, descriptor: int, size: int, path: str) -> None:
+    """Make a raw disk ``size`` bytes long, with storage for all of it if ``preallocate_images`` says so.
+
+    :raises InsufficientSpace, StorageError: it is as long as before.
+    """
+    if conf.preallocate_images == "space":
+        sparse_copy.allocate(descriptor, size)
+    else:
+        set_length(descriptor, size, path)
+
+
+def sync(descriptor: int, path: str) -> None:
+    """Make what was written to a file durable.
+
+    :raises StorageError: it may not be.
+    """
+    try:
+        os.fdatasync(descriptor)
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+
+
+def copy(conf: cfg.ConfigOpts, source: int, target: int, *, progress: Progress | None) -> None:
+    """Copy a file, or share its blocks, as ``reflink`` and ``preallocate_images`` say.
+
     :raises Unsupported: blocks must be shared, and cannot be here.
     """
-    if not share or conf.reflink == "never":
+    if conf.preallocate_images == "space" or conf.reflink == "never":
         sparse_copy.copy(source, target, progress=progress, share=False)
     elif conf.reflink == "auto":
         sparse_copy.copy(source, target, progress=progress)
@@ -118,37 +174,61 @@ def copy(conf: cfg.ConfigOpts, source: int, target: int, *, share: bool, progres
 def extract_target(conf: cfg.ConfigOpts, target: str, out_format: str | None, disk_format: str) -> tuple[str, str]:
     """Return path and format of a copy that is to be extracted.
 
-    :raises InvalidArgument: such a format is not written.
+    :raises InvalidArgument: such a format is not written, or the target is among disks and templates.
     :raises StorageError: there is no such folder.
     """
     out_format = out_format or conf.libvirt.snapshot_image_format or disk_format
     if out_format not in _EXTRACT_FORMATS:
         raise exceptions.InvalidArgument(f"format {out_format!r}: one of {', '.join(_EXTRACT_FORMATS)} is needed")
-    target = os.path.abspath(target)
-    if not os.path.isdir(os.path.dirname(target)):
-        raise exceptions.StorageError(os.path.dirname(target), "no such folder; make it first")
-    return target, out_format
+    return _extract_path(conf, target), out_format
 
 
 def extract(disk: DiskFile, disk_format: str, target: str, out_format: str | None, progress: Progress | None) -> None:
     """Write a standalone copy of a disk, which the caller has locked, to ``target``.
 
-    :raises InvalidArgument: such a format is not written.
+    :raises InvalidArgument: such a format is not written, or the target is among disks and templates.
     :raises DiskInUse: a guest holds the disk.
     """
     target, out_format = extract_target(disk.conf, target, out_format, disk_format)
-    disk.refuse_in_use()
     compress = out_format == "qcow2" and disk.conf.libvirt.snapshot_compression
-    with publish.new_file(target, durable=disk.conf.durable_writes) as (descriptor, partial):
+    durable = disk.conf.durable_writes
+    lock = f"{disk.locks}/extract-{hashlib.sha256(os.fsencode(target)).hexdigest()[:32]}"
+    with (
+        locks.hold(lock, timeout=disk.conf.lock_timeout, transient=True),
+        _kept_from_writers(disk),
+        publish.new_file(target, durable=durable, replace=True) as (descriptor, partial),
+    ):
         if disk_format == out_format == "raw":
             with open_file(disk.path) as source:
                 sparse_copy.copy(source, descriptor, progress=progress)
-            return
-        convert(disk, disk.path, disk_format, partial, out_format, compress=compress, progress=progress)
+        else:
+            convert(disk, disk.path, disk_format, partial, out_format, compress=compress, progress=progress)
 
 
-def import_file(disk: DiskFile, default_format: str, local_file: str, progress: Progress | None = None) -> None:
-    """Make a local file the disk, replacing what is there in one step.
+def _extract_path(conf: cfg.ConfigOpts, target: str) -> str:
+    snapshots = os.path.abspath(conf.libvirt.snapshots_directory)
+    target = os.path.join(snapshots, target)
+    folder = os.path.realpath(os.path.dirname(target))
+    if folder == os.path.realpath(snapshots):
+        os.makedirs(folder, mode=0o755, exist_ok=True)
+    elif not os.path.isdir(folder):
+        raise exceptions.StorageError(folder, "no such folder; make it first")
+    elif f"{folder}/".startswith(f"{os.path.realpath(conf.instances_path)}/"):
+        reason = f"disks and templates are kept there; choose a folder outside, or {snapshots}"
+        raise exceptions.InvalidArgument(f"target {target}: {reason}")
+    return f"{folder}/{os.path.basename(target)}"
+
+
+@contextlib.contextmanager
+def _kept_from_writers(disk: DiskFile) -> Iterator[None]:
+    """Let nobody begin to write to the disk in the block; who only reads is welcome, ourselves among them."""
+    disk.refuse_in_use()
+    with image_lock.hold(disk.path, shared=True):
+        yield
+
+
+def import_file(disk: DiskFile, default_format: str, local_file: str) -> None:
+    """Make a local file the disk, which the caller has locked, replacing what is there in one step.
 
     :param default_format: the format that a disk of this kind has. One that is replaced keeps its own, so that record
         and disk agree at every moment.
@@ -156,16 +236,24 @@ def import_file(disk: DiskFile, default_format: str, local_file: str, progress: 
     :raises DiskInUse: a guest holds the disk.
     """
     local_file = os.path.abspath(local_file)
-    with disk.lock(), open_file(local_file) as source:
-        if disk.exists():
-            disk.refuse_in_use()
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_file(local_file))
         verdict = inspection.inspect(source, local_file)
+        exists = disk.exists()
+        if exists:
+            disk.refuse_in_use()
+            stack.enter_context(image_lock.hold(disk.path))
         disk_format = disk.resolve_format(default_format)
-        with disk.create(disk_format) as (descriptor, partial):
-            if verdict.format == disk_format:
-                sparse_copy.copy(source, descriptor, progress=progress, share=disk.conf.reflink != "never")
-            else:
-                convert(disk, local_file, verdict.format, partial, disk_format, progress=progress)
+        descriptor, partial = stack.enter_context(disk.create(disk_format, replace=exists))
+        if disk_format == "raw" and verdict.format == "raw":
+            copy(disk.conf, source, descriptor, progress=None)
+            set_size(disk.conf, descriptor, os.fstat(source).st_size, partial)
+        elif disk_format == "raw":
+            convert(disk, local_file, verdict.format, partial, "raw")
+            set_size(disk.conf, descriptor, verdict.virtual_size, partial)
+        else:
+            options = creation_options(disk.conf, backed=False)
+            convert(disk, local_file, verdict.format, partial, disk_format, options=options)
 
 
 def convert(
@@ -179,9 +267,12 @@ def convert(
     options: dict[str, str] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Convert with qemu-img, and compare the result: a conversion can report success though its last writes failed."""
+    """Convert with qemu-img, and compare the result: a conversion can report success though its last writes failed.
+
+    :param progress: called for the conversion, then for the comparison.
+    """
     limits = disk.tool_options()
     qemu_img.convert(
         source, source_format, target, target_format, options=options, compress=compress, progress=progress, **limits
     )
-    qemu_img.compare(source, source_format, target, target_format, **limits)
+    qemu_img.compare(source, source_format, target, target_format, progress=progress, **limits)

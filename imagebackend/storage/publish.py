@@ -38,39 +38,40 @@ def partial_path(path: str) -> str:
 
 
 @contextlib.contextmanager
-def new_file(path: str, *, durable: bool) -> Iterator[tuple[int, str]]:
-    """Give an empty file to fill in the block; it gets its name, replacing what has it, at the end of the block.
+def new_file(path: str, *, durable: bool, replace: bool = False) -> Iterator[tuple[int, str]]:
+    """Give an empty file to fill in the block; at the end of the block it gets its name.
 
     On an exception the file is removed and nothing has changed. Its mode is 0600, that of folders that were made 0755.
 
     :param path: the final name, absolute.
     :param durable: the data reach stable storage before the name does, and the name before the block is left.
+    :param replace: another file may have the name; otherwise the caller knows that none has.
     :returns: the open descriptor (read and write) and the temporary path, for tools that need one.
-    :raises InsufficientSpace, PermissionDenied, StorageError: as the operating system says; also for an OSError that
-        leaves the block.
+    :raises InsufficientSpace, PermissionDenied, StorageError: as the operating system says. What the block raises
+        propagates as it is.
     """
     partial = partial_path(path)
-    try:
-        with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as undo:
+        try:
             descriptor = create(partial)
-            undo.callback(os.close, descriptor)
-            with contextlib.ExitStack() as discard:
-                discard.callback(remove_quietly, partial)
-                yield descriptor, partial
-                commit(descriptor, partial, path, durable=durable)
-                discard.pop_all()
-    except OSError as error:
-        raise exceptions.storage_error(error, path) from error
+        except OSError as error:
+            raise exceptions.storage_error(error, path) from error
+        undo.callback(os.close, descriptor)
+        with contextlib.ExitStack() as discard:
+            discard.callback(remove_quietly, partial)
+            yield descriptor, partial
+            commit(descriptor, partial, path, durable=durable, replace=replace)
+            discard.pop_all()
 
 
-def commit(descriptor: int, partial: str, path: str, *, durable: bool) -> None:
-    """Give a file that is complete its final name, replacing what has it.
+def commit(descriptor: int, partial: str, path: str, *, durable: bool, replace: bool = False) -> None:
+    """Give a file that is complete its final name.
 
     :param descriptor: the file, open since before it was written.
     :param partial: its temporary name; whatever file has it now is meant, since tools may replace the file.
-    :param durable: as for :func:`new_file`.
-    :raises InsufficientSpace, PermissionDenied, StorageError: it has not got the name, or may not keep it through a
-        power cut.
+    :param durable, replace: as for :func:`new_file`.
+    :raises InsufficientSpace, PermissionDenied, StorageError: it has not got the name; or it replaced another file,
+        and may not keep the name through a power cut.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -86,11 +87,15 @@ def commit(descriptor: int, partial: str, path: str, *, durable: bool) -> None:
                 os.fdatasync(descriptor)
             faults.point("publish.synced")
             os.rename(partial, path)
-            faults.point("publish.renamed")
     except OSError as error:
         raise exceptions.storage_error(error, path) from error
+    faults.point("publish.renamed")
     if durable:
-        sync_folder(os.path.dirname(path))
+        with contextlib.ExitStack() as undo:
+            if not replace:
+                undo.callback(remove_quietly, path)
+            sync_folder(os.path.dirname(path))
+            undo.pop_all()
 
 
 def write_file(path: str, content: bytes, *, durable: bool) -> None:

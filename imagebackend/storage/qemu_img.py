@@ -213,18 +213,22 @@ def check(
     path: str,
     disk_format: str,
     *,
-    repair_leaks: bool = False,
+    repair: str = "",
     timeout: float,
     limits: process.Limits | None = None,
 ) -> CheckResult:
     """Check the consistency of an image's metadata.
 
-    :param repair_leaks: if leaks are all that is wrong, give them back; what is returned is the state afterwards.
+    :param repair: ``leaks``: if leaks are all that is wrong, give them back; ``all``: mend what can be mended. What is
+        returned is the state afterwards.
     :raises Unsupported: images of this format cannot be checked.
     :raises ToolFailed: also when the check could not be completed (exit status 1).
     """
     found = _check(path, disk_format, [], timeout, limits)
-    if repair_leaks and found.leaks and not found.corruptions:
+    if repair == "all" and (found.leaks or found.corruptions):
+        _check(path, disk_format, ["-r", "all"], timeout, limits)
+        return _check(path, disk_format, [], timeout, limits)
+    if repair == "leaks" and found.leaks and not found.corruptions:
         return _check(path, disk_format, ["-r", "leaks"], timeout, limits)
     return found
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from imagebackend import exceptions
-from imagebackend.storage import sparse_copy
+from imagebackend.storage import reflink, sparse_copy
 
 __all__ = ["Progress", "allocated", "flatten", "read_into", "write_from"]
 
@@ -36,7 +36,8 @@ def write_from(source: int, image: Any, *, progress: Progress | None = None) -> 
     _tell(progress, 0, size)
     with _in_flight() as pieces:
         for start, length in _pieces(sparse_copy.data_ranges(source, size)):
-            data = os.pread(source, length, start)
+            with _file_errors(source):
+                data = os.pread(source, length, start)
             if len(data) != length:
                 raise exceptions.StorageError(f"descriptor {source}", "became shorter while it was read")
             pieces.append(image.aio_write(data, start, _ignore))
@@ -54,11 +55,12 @@ def read_into(image: Any, target: int, *, progress: Progress | None = None) -> N
 
     :param target: descriptor of a regular file, open for writing.
     :param progress: called with the bytes done and in all; holes count.
-    :raises OSError: as the operating system says of the file.
+    :raises InsufficientSpace, StorageError: as the operating system says of the file.
     """
     size = image.size()
     _tell(progress, 0, size)
-    os.ftruncate(target, size)
+    with _file_errors(target):
+        os.ftruncate(target, size)
     found: list[tuple[int, int]] = []
 
     def note(start: int, length: int, exists: bool) -> None:
@@ -148,6 +150,19 @@ def _keep(arrived: dict[int, bytes], start: int) -> Callable[[Any, bytes | None]
 
 
 def _store(arrived: dict[int, bytes], target: int) -> None:
+    with _file_errors(target):
+        _write(arrived, target)
+
+
+@contextlib.contextmanager
+def _file_errors(descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise exceptions.storage_error(error, reflink.file_path(descriptor)) from error
+
+
+def _write(arrived: dict[int, bytes], target: int) -> None:
     for start in list(arrived):
         data = memoryview(arrived.pop(start))
         while data:

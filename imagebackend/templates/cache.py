@@ -131,8 +131,10 @@ class TemplateCache:
 
         An exception of ``fetch_func`` propagates. A failed fetch leaves nothing and is not remembered.
         """
-        path = self.path(name)
-        template = record.read(self._record(name), path)
+        names.check_name("template", name)
+        template = self._trusted(name, size)
+        if template is None and os.path.lexists(self._record(name)):
+            self._examine(name, progress)
         if template is not None:
             return template
         with self._lock(name):
@@ -156,19 +158,22 @@ class TemplateCache:
         :param fetch_func: None: the template must be in the cache.
         :raises TemplateNotFound: it is not, and there is nothing to fetch it with.
         """
-        path = self.path(name)
+        names.check_name("template", name)
         if fetch_func is None:
-            self.get(name)
+            self._require(name)
         while True:
             with self._lock(name, shared=True):
-                template = record.read(self._record(name), path)
+                template = self._trusted(name, size)
                 if template is not None:
                     yield template
                     return
-            if fetch_func is None:
-                raise exceptions.TemplateNotFound(name, "add it with 'imagebackend template add'")
-            with self._lock(name):
-                self._fetch_locked(name, fetch_func, args, size, progress, kwargs)
+            if os.path.lexists(self._record(name)):
+                self._examine(name, progress)
+            elif fetch_func is None:
+                self._require(name)
+            else:
+                with self._lock(name):
+                    self._fetch_locked(name, fetch_func, args, size, progress, kwargs)
 
     def lease(self, name: str, owner: Owner) -> None:
         """Note that the disk ``owner`` depends on a template, within :meth:`use`.
@@ -216,8 +221,7 @@ class TemplateCache:
         :raises CorruptRecord: the record or the file is damaged.
         """
         path = self.path(name)
-        if name not in self.names():
-            raise exceptions.TemplateNotFound(name)
+        self._require(name)
         with self._lock(name, shared=True):
             template = record.read(self._record(name), path, check_file=False)
             if template is None:
@@ -232,7 +236,9 @@ class TemplateCache:
                 path, f"the template is damaged: its digest is {actual}, recorded as {expected}; restore or remove it"
             )
         # Same bytes, another time of change: a copy or a restore touched the file, not its content.
-        return template if found.st_mtime_ns == template.modified else self._accept_time(template, found.st_mtime_ns)
+        return (
+            template if found.st_mtime_ns == template.modified else self._rewrite(template, modified=found.st_mtime_ns)
+        )
 
     def remove(self, name: str) -> None:
         """Remove a template that no disk depends on.
@@ -251,6 +257,8 @@ class TemplateCache:
             faults.point("template.remove.record")
             there |= publish.remove_file(path)
             faults.point("template.remove.file")
+            for leftover in (self._download(name), publish.partial_path(path)):
+                there |= publish.remove_file(leftover)
             with contextlib.suppress(OSError):
                 os.rmdir(self._leases(name))
         if not there:
@@ -259,6 +267,9 @@ class TemplateCache:
 
     def _record(self, name: str) -> str:
         return f"{self._folder}/.records/{name}.json"
+
+    def _download(self, name: str) -> str:
+        return f"{self._folder}/.{name}.download"
 
     def _leases(self, name: str) -> str:
         return f"{self._folder}/.leases/{name}"
@@ -287,7 +298,7 @@ class TemplateCache:
             )
         if progress is not None:
             kwargs = {**kwargs, "progress": progress}
-        download = f"{self._folder}/.{name}.download"
+        download = self._download(name)
         with contextlib.ExitStack() as undo:
             try:
                 descriptor = publish.create(download)
@@ -299,7 +310,10 @@ class TemplateCache:
             faults.point("template.fetch.start")
             fetched = fetch_func(*args, target=download, **kwargs)
             faults.point("template.fetch.fetched")
-            template = self._publish(name, download, fetched, fetch_func, size, progress)
+            with contextlib.ExitStack() as discard:
+                discard.callback(self._discard_quietly, name)
+                template = self._publish(name, download, fetched, fetch_func, size, progress)
+                discard.pop_all()
         LOG.info("template %s fetched from %s: %s, %d bytes", name, template.source, template.format, template.size)
         return template
 
@@ -317,12 +331,12 @@ class TemplateCache:
         with _open_image(download) as image:
             known = fetched if isinstance(fetched, Fetched) else None
             verdict = inspection.inspect(image, name, known.disk_format if known else None)
-            self._check_size(name, verdict, size)
-            sha256 = known.sha256 if known else digest.compute(image, digest.SHA256, name).partition(":")[2]
+            self._check_size(name, verdict.virtual_size, size)
+            sha256 = known.sha256 if known else digest.compute(image, digest.SHA256, name, progress).partition(":")[2]
             keep = verdict.format == "raw" or (verdict.format == "qcow2" and not self._conf.force_raw_images)
             faults.point("template.fetch.inspected")
             if keep:
-                value = f"{digest.SHA256}:{sha256}"
+                value = f"{digest.SHA256}:{sha256}" if sha256 else digest.compute(image, digest.BLOCKS, name, progress)
                 publish.commit(image, download, path, durable=durable)
             else:
                 value = self._convert(image, download, verdict, path, progress)
@@ -354,20 +368,57 @@ class TemplateCache:
     ) -> str:
         conversion.check_space(self._folder, verdict.allocated_size)
         with publish.new_file(path, durable=self._conf.durable_writes) as (target, partial):
-            conversion.to_raw(image, download, verdict, target, partial, self._conf, progress)
+            value = conversion.to_raw(image, download, verdict, target, partial, self._conf, progress)
             faults.point("template.fetch.converted")
-            return digest.compute(target, digest.BLOCKS, path)
+        return value
 
-    def _check_size(self, name: str, verdict: inspection.Verdict, size: int | None) -> None:
+    def _discard_quietly(self, name: str) -> None:
+        # An undo step: the error that led here matters more. The record goes first, as in remove().
+        with contextlib.suppress(exceptions.ImageBackendError):
+            publish.remove_file(self._record(name))
+            publish.remove_file(self.path(name))
+
+    def _check_size(self, name: str, virtual_size: int, size: int | None) -> None:
         limit = self._conf.image_cache.max_virtual_size
-        if limit and verdict.virtual_size > limit:
-            reason = f"its virtual size is {verdict.virtual_size} bytes, [image_cache] max_virtual_size is {limit}"
+        if limit and virtual_size > limit:
+            reason = f"its virtual size is {virtual_size} bytes, [image_cache] max_virtual_size is {limit}"
             raise exceptions.ImageUnacceptable(name, reason)
-        if size and verdict.virtual_size > size:
-            raise exceptions.DiskTooSmall(name, size, verdict.virtual_size, "the template's virtual size")
+        if size and virtual_size > size:
+            raise exceptions.DiskTooSmall(name, size, virtual_size, "the template's virtual size")
 
-    def _accept_time(self, template: Template, modified: int) -> Template:
-        refreshed = dataclasses.replace(template, modified=modified)
+    def _require(self, name: str) -> None:
+        if not os.path.lexists(self._record(name)):
+            raise exceptions.TemplateNotFound(name, "add it with 'imagebackend template add'")
+
+    def _trusted(self, name: str, size: int | None) -> Template | None:
+        """Return the template if it may be used as it stands; None if it is absent, or to be examined first."""
+        try:
+            template = record.read(self._record(name), self.path(name))
+        except record.TouchedTemplate:
+            return None
+        if template is None or template.inspector != inspection.INSPECTOR_VERSION:
+            return None
+        self._check_size(name, template.virtual_size, size)
+        return template
+
+    def _examine(self, name: str, progress: Progress | None) -> None:
+        """Read a template that was touched again, and inspect anew one that an older inspector accepted.
+
+        :raises CorruptRecord: its data have changed.
+        :raises ImageUnacceptable: the inspector of today refuses it.
+        """
+        try:
+            template = self.verify(name, progress)
+        except exceptions.TemplateNotFound:
+            return  # removed meanwhile
+        if template.inspector == inspection.INSPECTOR_VERSION:
+            return
+        with _open_image(template.path) as image:
+            verdict = inspection.inspect(image, name, template.format)
+        self._rewrite(template, inspector=inspection.INSPECTOR_VERSION, notes=verdict.notes)
+
+    def _rewrite(self, template: Template, **changes: Any) -> Template:
+        refreshed = dataclasses.replace(template, **changes)
         faults.point("template.verify.touched")
         with self._lock(template.name):
             # It may have been removed, or fetched anew, since it was read.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from oslo_config import cfg
 
 from imagebackend import exceptions, process
-from imagebackend.storage import qcow2, qemu_img, sparse_copy
+from imagebackend.storage import digest, qcow2, qemu_img, sparse_copy
 from imagebackend.templates import inspection
 
 __all__ = ["check_space", "to_raw"]
@@ -36,7 +36,7 @@ def to_raw(
     target_path: str,
     conf: cfg.ConfigOpts,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
+) -> str:
     """Write the disk that an accepted image holds into an empty file, as raw.
 
     The clusters of a plain qcow2 image are copied, or shared, here; every other kind goes through qemu-img.
@@ -44,6 +44,8 @@ def to_raw(
     :param source, source_path: the image.
     :param verdict: what the inspector said of it.
     :param target, target_path: the file.
+    :param progress: called for each of the steps in turn.
+    :returns: the digest of the result, see :data:`imagebackend.storage.digest.BLOCKS`.
     :raises ImageUnacceptable: the image's tables lie.
     :raises ToolFailed, ToolTimeout: qemu-img could not.
     :raises InsufficientSpace, StorageError: the file system could not.
@@ -54,9 +56,12 @@ def to_raw(
         except exceptions.Unsupported:
             pass
         else:
-            os.ftruncate(target, verdict.virtual_size)
+            try:
+                os.ftruncate(target, verdict.virtual_size)
+            except OSError as error:
+                raise exceptions.storage_error(error, target_path) from error
             sparse_copy.copy_runs(source, target, runs, progress=progress)
-            return
+            return digest.compute(target, digest.BLOCKS, target_path, progress)
     timeout = conf.libvirt.images_tool_timeout
     # The time limit is for reading facts; a conversion's CPU time grows with the image and is bounded by the timeout.
     limits = process.Limits(cpu_time=timeout, address_space=conf.libvirt.images_address_space_limit << 30)
@@ -64,4 +69,7 @@ def to_raw(
         source_path, verdict.format, target_path, "raw", progress=progress, timeout=timeout, limits=limits
     )
     # A conversion can report success although its last writes failed.
-    qemu_img.compare(source_path, verdict.format, target_path, "raw", timeout=timeout, limits=limits)
+    qemu_img.compare(
+        source_path, verdict.format, target_path, "raw", progress=progress, timeout=timeout, limits=limits
+    )
+    return digest.compute(target, digest.BLOCKS, target_path, progress)

@@ -12,7 +12,7 @@ from typing import Any
 from imagebackend import exceptions
 from imagebackend.storage import digest, publish
 
-__all__ = ["Template", "read", "write"]
+__all__ = ["Template", "TouchedTemplate", "read", "write"]
 
 _VERSION = 1
 _LARGEST = 64 << 10
@@ -28,7 +28,8 @@ class Template:
     :ivar virtual_size: the size of the disk that it holds, in bytes.
     :ivar size: the length of its file, in bytes.
     :ivar modified: the time of the file's last change when it was published, in nanoseconds: whether it was touched.
-    :ivar sha256: the digest of the image as it was fetched: what its publisher's checksum file says.
+    :ivar sha256: the digest of the image as it was fetched: what its publisher's checksum file says; empty for one
+        that was generated here.
     :ivar digest: the digest of the file in the cache, as ``algorithm:hex``; see :mod:`imagebackend.storage.digest`.
     :ivar source: where it came from, without credentials.
     :ivar source_format: the format that it came in.
@@ -120,6 +121,10 @@ def _is_possible(template: Template) -> bool:
     )
 
 
+class TouchedTemplate(exceptions.CorruptRecord):
+    """The file has the length that was recorded, but was changed, copied or touched since."""
+
+
 def _check_file(template: Template) -> None:
     try:
         found = os.stat(template.path, follow_symlinks=False)
@@ -127,7 +132,9 @@ def _check_file(template: Template) -> None:
         raise exceptions.CorruptRecord(
             template.path, "the template's file is gone, its record is there; restore the file, or remove the template"
         ) from error
-    if not stat.S_ISREG(found.st_mode) or (found.st_size, found.st_mtime_ns) != (template.size, template.modified):
-        raise exceptions.CorruptRecord(
-            template.path, "the file has changed since it was recorded; 'template verify' tells whether its data have"
-        )
+    changed = "the file has changed since it was recorded"
+    if not stat.S_ISREG(found.st_mode) or found.st_size != template.size:
+        reason = f"{changed}: {found.st_size} bytes, recorded are {template.size}; restore it, or remove the template"
+        raise exceptions.CorruptRecord(template.path, reason)
+    if found.st_mtime_ns != template.modified:
+        raise TouchedTemplate(template.path, f"{changed}; 'template verify' tells whether its data have")

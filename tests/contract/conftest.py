@@ -120,6 +120,14 @@ class Store:
         self.run("qemu-img", "convert", "-f", self.format(image), "-O", "raw", image.path, target)
         return target.read_bytes()
 
+    def snapshot_content(self, image: Image, name: str) -> bytes:
+        """Return what a guest would have read when the snapshot was made."""
+        if self.format(image) == "raw":
+            return Path(f"{image.path}@{name}").read_bytes()
+        target = self.sources / f"content{next(self._disks)}"
+        self.run("qemu-img", "convert", "-l", f"snapshot.name={name}", "-f", "qcow2", "-O", "raw", image.path, target)
+        return target.read_bytes()
+
     def write(self, image: Image, offset: int, length: int, pattern: int) -> None:
         """Write to the disk as a guest would."""
         self.run("qemu-io", "-f", self.format(image), "-c", f"write -P {pattern} {offset} {length}", image.path)

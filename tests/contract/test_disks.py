@@ -76,8 +76,7 @@ def test_a_disk_that_is_not_there_cannot_be_worked_on(store: Store) -> None:
 
 def test_a_disk_that_a_guest_holds_is_left_alone(store: Store) -> None:
     image = store.make()
-    with contextlib.suppress(exceptions.Unsupported):
-        image.create_snap("before")
+    image.create_snap("before")
     snapshots = image.capabilities.snapshots
     files = store.files()
 
@@ -184,6 +183,25 @@ def test_flattening_makes_a_disk_independent_and_may_be_repeated(store: Store) -
     store.backend.templates.remove("template")
     assert store.content(image) == content
     store.check(image)
+
+
+def test_a_disk_with_snapshots_is_not_flattened_since_they_would_lose_their_data(store: Store) -> None:
+    image = store.make()
+    image.create_snap("one")
+    before = store.content(image)
+    if not (image.capabilities.flatten and image.capabilities.snapshots):
+        image.flatten()
+        assert store.content(image) == before
+        return
+
+    with pytest.raises(exceptions.Unsupported, match="one would lose"):
+        image.flatten()
+
+    assert store.snapshot_content(image, "one") == before
+    image.remove_snap("one")
+    image.flatten()
+    assert not image.capabilities.flatten
+    assert store.content(image) == before
 
 
 def test_a_template_that_a_disk_depends_on_is_not_removed(store: Store) -> None:

@@ -320,7 +320,7 @@ def test_check_finds_and_repairs_leaks(tmp_path: Path) -> None:
     overwrite(disk, first_refcounts(disk) + 2 * clusters, b"\x00\x01" * 3)
     os.truncate(disk, (clusters + 3) * 65536)
     assert qemu_img.check(str(disk), "qcow2", **RUN) == qemu_img.CheckResult(leaks=3, corruptions=0)
-    result = qemu_img.check(str(disk), "qcow2", repair_leaks=True, **RUN)
+    result = qemu_img.check(str(disk), "qcow2", repair="leaks", **RUN)
     assert result == qemu_img.CheckResult(leaks=0, corruptions=0)
     assert qemu_img.check(str(disk), "qcow2", **RUN) == result
 
@@ -328,8 +328,8 @@ def test_check_finds_and_repairs_leaks(tmp_path: Path) -> None:
 def test_check_finds_corruption_and_leaves_it(tmp_path: Path) -> None:
     disk = qcow2(tmp_path / "disk", "write -P 1 0 64k")
     overwrite(disk, first_refcounts(disk) + 2 * 4, b"\x00\x00")
-    for repair_leaks in (False, True):
-        assert qemu_img.check(str(disk), "qcow2", repair_leaks=repair_leaks, **RUN).corruptions > 0
+    for repair in ("", "leaks"):
+        assert qemu_img.check(str(disk), "qcow2", repair=repair, **RUN).corruptions > 0
 
 
 def test_check_that_cannot_be_done(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_check_that_cannot_be_done(tmp_path: Path) -> None:
         lambda path: qemu_img.resize(path, "qcow2", 8 * MIB, **RUN),
         lambda path: qemu_img.snapshot_create(path, "one", **RUN),
         lambda path: qemu_img.rebase(path, "qcow2", None, None, **RUN),
-        lambda path: qemu_img.check(path, "qcow2", repair_leaks=True, **RUN),
+        lambda path: qemu_img.check(path, "qcow2", repair="leaks", **RUN),
         lambda path: qemu_img.convert(path, "qcow2", f"{path}.out", "raw", **RUN),
         lambda path: qemu_img.create(path, "qcow2", MIB, **RUN),
     ],

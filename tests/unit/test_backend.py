@@ -140,10 +140,10 @@ conf.set_override("instances_path", {str(tmp_path / "instances")!r})
 imagebackend.Backend(conf).image("instance", "disk", "qcow2")
 imagebackend.Backend(conf).image("instance", "disk", "raw")
 """
-    script = """
+    script = f"""
 backend = imagebackend.Backend(conf)
 backend.image("instance", "disk", "qcow2")
-backend.snapshot("/srv/instance/disk", "raw")
+backend.snapshot({str(tmp_path / "instances/instance/disk")!r}, "raw")
 """
     assert counting.count(script, setup=setup).total <= 4  # memory, and os.getcwd for no path
     assert not (tmp_path / "instances").exists()
@@ -173,11 +173,26 @@ def test_hostile_names_are_refused_wherever_they_enter(backend, name: Any):
             act()
 
 
-def test_a_path_of_libvirt_names_instance_and_disk(backend):
-    image = backend.snapshot("/srv/elsewhere/i-1/disk.local")
-    assert (image.path, image.instance, image.disk_name) == ("/srv/elsewhere/i-1/disk.local", "i-1", "disk.local")
-    other = backend.by_libvirt_path("i-2", "/srv/elsewhere/i-1/disk.local")
-    assert (other.path, other.instance) == (image.path, "i-2")
+def test_a_path_of_libvirt_names_instance_and_disk(backend, tmp_path):
+    path = f"{tmp_path}/instances/i-1/disk.local"
+    for image in (backend.snapshot(path), backend.by_libvirt_path("i-1", path)):
+        assert (image.path, image.instance, image.disk_name) == (path, "i-1", "disk.local")
+
+
+@pytest.mark.parametrize("image_type", ["raw", "qcow2"])
+@pytest.mark.parametrize("path", ["/srv/elsewhere/i-1/disk", "{}/i-1/i-1/disk", "{}x/i-1/disk", "{}/../i-1/disk"])
+def test_a_path_elsewhere_is_no_disk(backend, tmp_path, image_type, path):
+    path = path.format(tmp_path / "instances")
+    with pytest.raises(exceptions.InvalidName):
+        backend.snapshot(path, image_type)
+
+
+@pytest.mark.parametrize("image_type", ["raw", "qcow2"])
+def test_a_path_that_is_another_instances_names_no_disk_of_this_one(backend, tmp_path, image_type):
+    path = f"{tmp_path}/instances/i-1/disk"
+    with pytest.raises(exceptions.InvalidName, match="instances/i-2/disk") as caught:
+        backend.by_libvirt_path("i-2", path, image_type)
+    assert (caught.value.kind, caught.value.name) == ("disk", path)
 
 
 @pytest.mark.parametrize(
@@ -206,15 +221,15 @@ def test_other_paths_are_refused(backend, path):
         backend.snapshot(path)
 
 
-@given(st.text("/.-,:ab\n", max_size=12))
+@given(st.one_of(st.text("/.-,:ab\n", max_size=12), st.text("/.-,:ab\n", max_size=6).map("/a/".__add__)))
 def test_a_path_is_taken_as_it_is_or_refused(path):
-    backend = imagebackend.Backend(configured(Path("/nowhere"), "raw"))
+    backend = imagebackend.Backend(configured(Path("/a"), "raw"))
     try:
         image = backend.snapshot(path)
     except exceptions.InvalidName:
         return
     assert image.path == path == os.path.normpath(path)
-    assert path.endswith(f"/{image.instance}/{image.disk_name}")
+    assert path == f"/a/{image.instance}/{image.disk_name}"
 
 
 def test_disks_are_listed_as_what_they_are_on_record(backend):

@@ -32,7 +32,7 @@ class Fetched:
 
     :ivar source: the URL, without credentials and without the query, which may be a signature.
     :ivar size: bytes.
-    :ivar sha256: of the content, in hexadecimal digits.
+    :ivar sha256: of the content, in hexadecimal digits; empty for what was generated here.
     :ivar disk_format: the format that the image is claimed to have, by its name in qemu-img; None: no claim.
     :ivar etag: the entity tag that the source gave, as it is written in HTTP; None: it gave none.
     :ivar last_modified: when the image was changed last, as a date of HTTP; None: the source did not say.
