@@ -78,7 +78,7 @@ class Agent:
             undo.callback(image.remove)
             undo.callback(self.console(instance).unlink, missing_ok=True)
             disk = image.libvirt_info("virtio", "vda", "disk", None, extra_specs={})
-            xml = self._domain_xml(instance, disk.to_xml())
+            xml = self._domain_xml(instance, disk.to_xml(self.connection.getLibVersion()))
             domain = self.connection.defineXMLFlags(xml, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
             undo.callback(domain.undefine)
             domain.create()

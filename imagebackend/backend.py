@@ -130,12 +130,17 @@ class Backend:
 
     def _disks_of(self, instance: str) -> Iterator[Image]:
         folder = f"{os.path.abspath(self.conf.instances_path)}/{instance}"
-        for path, disk_format in sorted(disk_info.read_all(folder).items()):
-            # The record may have come from another host: nothing outside the instance's folder is meant by it.
-            if os.path.dirname(path) == folder and disk_format in _FILE_FORMATS:
-                image = self.by_libvirt_path(instance, path, disk_format)
-                if image.exists():
-                    yield image
+        found = {}
+        for path, disk_format in disk_info.read_all(folder).items():
+            # The record may come from a host that keeps its instances elsewhere, or from one that means no good: what
+            # counts is the disk's name, and nothing outside the instance's folder is meant by it.
+            parent, _, disk_name = path.rpartition("/")
+            if parent.rpartition("/")[2] == instance and disk_format in _FILE_FORMATS:
+                found[disk_name] = disk_format
+        for disk_name, disk_format in sorted(found.items()):
+            image = self.image(instance, disk_name, disk_format)
+            if image.exists():
+                yield image
 
 
 def _load(entry: importlib.metadata.EntryPoint) -> type[Image]:

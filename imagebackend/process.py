@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import selectors
 import shlex
 import shutil
@@ -104,9 +105,9 @@ def run(
         with _start([*_wrapper(limits), executable, *command[1:]], shown, input, pass_fds) as child:
             try:
                 _talk(child, stdout, stderr, shown, started + timeout, on_output)
-                exit_code = child.wait(timeout=max(0.0, started + timeout - time.monotonic()))
+                _await_exit(child, shown, started + timeout)
             finally:
-                _kill(child)
+                exit_code = _kill(child)
     except subprocess.TimeoutExpired:
         # Without its cause, which would show the secrets.
         raise exceptions.ToolTimeout(shown, timeout, _mask(_text(stderr), secrets)[:_STDERR_SHOWN]) from None
@@ -185,11 +186,24 @@ def _talk(
                 on_output(said.decode("utf-8", "replace"))
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
+def _await_exit(child: subprocess.Popen[bytes], shown: list[str], deadline: float) -> None:
+    # Without reaping it: until that is done, no other process can get its number, which is also that of its group.
+    descriptor = os.pidfd_open(child.pid)
+    try:
+        left = max(0.0, deadline - time.monotonic())
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        if not poll.poll(left * 1000):
+            raise subprocess.TimeoutExpired(shown, left)
+    finally:
+        os.close(descriptor)
+
+
+def _kill(child: subprocess.Popen[bytes]) -> int:
     # Also after success: a grandchild that kept running in the group would outlive the call.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    return child.wait()
 
 
 def _text(pieces: list[bytes]) -> str:

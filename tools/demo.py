@@ -109,7 +109,7 @@ def boot_from(
 ) -> None:
     """Boot a guest from a disk, grow the disk meanwhile, and remove both."""
     show_size(image)
-    disk = image.libvirt_info("virtio", "vda", "disk", None, extra_specs={}).to_xml()
+    disk = image.libvirt_info("virtio", "vda", "disk", None, extra_specs={}).to_xml(connection.getLibVersion())
     show(f"The disk for libvirt:\n{disk}")
     xml = boot.domain_xml(name, guest, [disk], console, virt_type)
     show(f"The domain:\n{xml}")

@@ -81,6 +81,7 @@ def show(session: Session, instance: str, disk: str) -> None:
         ("allocated", _size(shown["allocated"])),
         ("template", shown["template"] or "none: it stands alone"),
         *(("backing file", path) for path in shown["backing_files"]),
+        ("chain depth", str(shown["chain_depth"])),
         ("in use", "yes" if shown["in_use"] else "no"),
         *(("snapshot", f"{each['name']} ({each['created']})") for each in shown["snapshots"]),
     ]

@@ -38,10 +38,10 @@ def describe(image: Image) -> dict[str, Any]:
 
     :raises ImageBackendError: it is gone, or damaged.
     """
-    from imagebackend.images.qcow2 import Qcow2
+    from imagebackend.images.file_image import FileImage
     from imagebackend.storage import image_lock
 
-    chain = image.backing_chain() if isinstance(image, Qcow2) else []
+    chain = image.backing_chain() if isinstance(image, FileImage) else []
     backing_files = [each.path for each in chain[1:]]
     is_file = image.source_type == "file"
     template = os.path.basename(backing_files[0]) if backing_files else None
@@ -55,6 +55,7 @@ def describe(image: Image) -> dict[str, Any]:
         "allocated": _allocated(image.path) if is_file else None,
         "template": template,
         "backing_files": backing_files,
+        "chain_depth": len(backing_files),
         "in_use": image_lock.is_in_use(image.path) if is_file else None,
         "snapshots": [dataclasses.asdict(each) for each in image.list_snaps()],
     }

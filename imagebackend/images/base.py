@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import abc
-import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -358,8 +357,8 @@ class Image(abc.ABC):
         self._describe_source(disk)
         if cache_mode is None:
             modes = guest.parse_disk_cachemodes(self.conf.libvirt.disk_cachemodes)
-            direct_io = self.source_type != "file" or _supports_direct_io(os.path.abspath(self.conf.instances_path))
-            cache_mode = guest.choose_cache_mode(self.source_type, modes, direct_io=direct_io)
+            takes_direct_io = self.source_type != "file" or direct_io.reads(self.path)
+            cache_mode = guest.choose_cache_mode(self.source_type, modes, direct_io=takes_direct_io)
         preallocated = self.conf.preallocate_images == "space"
         disk.driver_cache = cache_mode
         disk.driver_io = guest.choose_io_mode(self.source_type, cache_mode, preallocated=preallocated)
@@ -415,8 +414,3 @@ class Image(abc.ABC):
     def _warn_no_snapshots(self, operation: str, name: str) -> None:
         names.check_name("snapshot", name)
         LOG.warning("did not %s snapshot %s of %s: this storage has no snapshots", operation, name, self.path)
-
-
-@functools.lru_cache(maxsize=8)
-def _supports_direct_io(folder: str) -> bool:
-    return direct_io.is_supported(folder)

@@ -26,7 +26,13 @@ def read(path: str) -> str | None:
 
     :raises CorruptRecord: the record is not a JSON object of strings.
     """
-    return read_all(os.path.dirname(path)).get(path)
+    formats = read_all(os.path.dirname(path))
+    if path in formats:
+        return formats[path]
+    # Written on a host that keeps its instances elsewhere, before the instance was migrated.
+    same_disk = "/" + "/".join(path.split("/")[-2:])
+    found = {disk_format for recorded, disk_format in formats.items() if recorded.endswith(same_disk)}
+    return found.pop() if len(found) == 1 else None
 
 
 def read_all(folder: str) -> dict[str, str]:

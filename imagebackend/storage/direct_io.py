@@ -11,12 +11,38 @@ import tempfile
 
 from imagebackend import exceptions
 
-__all__ = ["is_supported"]
+__all__ = ["is_supported", "reads"]
 
 # The largest logical block of the disks that there are; memory from mmap(2) is aligned to a page, which is no smaller.
 _BLOCK = 4096
 # EINVAL is what file systems without O_DIRECT say, EOPNOTSUPP some network file systems.
 _NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def reads(path: str) -> bool:
+    """Return whether a file can be read with O_DIRECT; reading its first block tells, and needs no room.
+
+    :raises PermissionDenied, StorageError: it cannot be read at all.
+    """
+    try:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno in _NOT_SUPPORTED:
+                return False
+            raise
+        try:
+            with mmap.mmap(-1, _BLOCK) as block:
+                os.preadv(descriptor, [block], 0)
+        except OSError as error:
+            if error.errno in _NOT_SUPPORTED:
+                return False
+            raise
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+    return True
 
 
 def is_supported(folder: str) -> bool:

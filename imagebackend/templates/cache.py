@@ -221,7 +221,8 @@ class TemplateCache:
         :raises CorruptRecord: the record or the file is damaged.
         """
         path = self.path(name)
-        self._require(name)
+        if not os.path.lexists(self._record(name)):
+            raise exceptions.TemplateNotFound(name)
         with self._lock(name, shared=True):
             template = record.read(self._record(name), path, check_file=False)
             if template is None:

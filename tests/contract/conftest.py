@@ -176,6 +176,12 @@ class RbdStore(Store):
         where = {"libvirt.images_rbd_ceph_conf": str(cluster.configuration), "libvirt.images_rbd_pool": pool}
         super().__init__(folder, "rbd", {**options, **where, "libvirt.rbd_destroy_volume_retries": 0})
 
+    def snapshot_content(self, image: Image, name: str) -> bytes:
+        target = self.sources / f"content{next(self._disks)}"
+        source = image.path.replace(":conf=", f"@{name}:conf=")
+        self.run("qemu-img", "convert", "-f", "raw", "-O", "raw", source, target)
+        return target.read_bytes()
+
     def check(self, image: Image) -> None:
         assert image.get_disk_size(image.path) % 512 == 0
 

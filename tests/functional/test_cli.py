@@ -86,7 +86,8 @@ def test_the_life_of_a_qcow2_disk(command: Command) -> None:
 
     assert command.run("template", "remove", "base").returncode == 5
     command.done("disk", "flatten", "vm1", "disk")
-    assert command.json("disk", "show", "vm1", "disk")["backing_files"] == []
+    shown = command.json("disk", "show", "vm1", "disk")
+    assert (shown["backing_files"], shown["chain_depth"]) == ([], 0)
     command.done("template", "remove", "base")
     assert content(path, "qcow2", command.folder) == before
 

@@ -226,7 +226,6 @@ def test_every_wrong_value_is_found_and_the_default_goes_on(tmp_path: Path) -> N
     wrong = {name for name, status in found.items() if status is Severity.ERROR}
     assert wrong == {"[DEFAULT] use_cow_images", "[DEFAULT] lock_timeout", "[libvirt] images_type"}
     assert found["[libvirt] images_tpye"] == "ok"
-    assert found["entry point imagebackend.backends raw"] == "ok"
 
 
 def test_a_file_that_is_no_ini_file_is_an_error(tmp_path: Path) -> None:

@@ -259,3 +259,13 @@ record("first")
     counts = counting.count("record('disk')", setup=setup)
     assert (counts.syncs, counts.processes, counts.threads) == (syncs, 0, 0)
     assert counts.total <= 20
+
+
+def test_after_a_migration_to_another_instances_path_the_disk_is_found_by_its_name(folder):
+    folder.mkdir()
+    (folder / "disk.info").write_text(
+        json.dumps({f"/elsewhere/{folder.name}/disk": "qcow2", "/elsewhere/other/disk.local": "raw"})
+    )
+
+    assert disk_info.read(f"{folder}/disk") == "qcow2"
+    assert disk_info.read(f"{folder}/disk.local") is None
