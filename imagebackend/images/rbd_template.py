@@ -183,8 +183,7 @@ class RbdTemplates:
         The lock is librbd's exclusive lock: it is renewed by librbd itself, and the cluster breaks it half a minute
         after its holder died, so that the image of a killed one can then be removed.
         """
-        deadline = time.monotonic() + self._conf.lock_timeout
-        delay = _FIRST_DELAY
+        waits = self._waits(partial)
         while self._pool.image_id(image) is None:
             with contextlib.ExitStack() as undo:
                 try:
@@ -204,11 +203,21 @@ class RbdTemplates:
                             yield opened
                             discard.pop_all()
                             return
-            if time.monotonic() > deadline:
-                raise exceptions.LockTimeout(self._pool.spec(partial), self._conf.lock_timeout)
+            next(waits)
+        yield None
+
+    def _waits(self, image: str) -> Iterator[None]:
+        """Wait a little each time that the next item is asked for.
+
+        :raises LockTimeout: another host has had the image for too long.
+        """
+        deadline = time.monotonic() + self._conf.lock_timeout
+        delay = _FIRST_DELAY
+        while time.monotonic() < deadline:
             time.sleep(delay)
             delay = min(delay * 2, _LAST_DELAY)
-        yield None
+            yield
+        raise exceptions.LockTimeout(self._pool.spec(image), self._conf.lock_timeout)
 
     @contextlib.contextmanager
     def _locked(self, image: str) -> Iterator[Any]:
@@ -228,6 +237,16 @@ class RbdTemplates:
             LOG.warning("a part of a template is left in %s: %s", self._pool.spec(partial), error)
 
     def _make_snapshot(self, template: RbdTemplate, size: int) -> None:
+        waits = self._waits(template.image)
+        while True:
+            try:
+                self._add_snapshot(template, size)
+                return
+            except exceptions.DiskInUse:
+                # Another host has just imported it, or is making a snapshot of another size.
+                next(waits)
+
+    def _add_snapshot(self, template: RbdTemplate, size: int) -> None:
         name = template.snapshot(size)
         with self._locked(template.image) as image:
             sizes = {each["name"]: each["size"] for each in image.list_snaps()}
