@@ -290,7 +290,8 @@ class Host:
 def test_killed_while_importing_the_part_is_never_taken_for_the_template(
     ceph: Cluster, rbd_pool: str, template: Contents, tmp_path: Path
 ) -> None:
-    wait = "done and done < total and sys.stdin.readline()"
+    # The template is fetched and hashed first, which progress tells of too.
+    wait = "'template.import.locked' in steps and done and done < total and sys.stdin.readline()"
     host = Host(ceph, rbd_pool, tmp_path / "killed", "guest", template.path, wait)
     host.go()
     deadline.wait_for(
