@@ -17,7 +17,7 @@ from oslo_config import cfg
 
 from imagebackend import exceptions, faults, locks, names, process
 from imagebackend.images import disk_info
-from imagebackend.storage import image_lock, loop_device, publish, qemu_img
+from imagebackend.storage import image_lock, loop_device, publish, qcow2, qemu_img
 from imagebackend.templates.leases import Owner
 
 __all__ = ["DiskFile", "for_disk", "tool_options"]
@@ -206,10 +206,11 @@ class DiskFile:
         except (OSError, ValueError) as error:
             reason = f"cannot be read ({error}); check the disk with 'qemu-img check', then remove this file"
             raise exceptions.CorruptRecord(self._intent, reason) from error
-        result = qemu_img.check(self.path, "qcow2", repair="leaks", **self.tool_options())
+        result = self._mend_leaks()
         if result.corruptions:
             # What a change that was cut short leaves is wrong counts; the tables that they are made from are right.
-            result = qemu_img.check(self.path, "qcow2", repair="all", **self.tool_options())
+            qemu_img.check(self.path, "qcow2", repair="all", **self.tool_options())
+            result = self._mend_leaks()
         if result.corruptions:
             publish.write_file(self._broken, json.dumps(intent).encode(), durable=self.conf.durable_writes)
             reason = f"{result.corruptions} errors after '{intent['operation']}' was cut short; restore or remove it"
@@ -250,6 +251,10 @@ class DiskFile:
                 raise exceptions.storage_error(error, self.folder) from error
             if self.conf.durable_writes:
                 publish.sync_folder(self.folder)
+
+    def _mend_leaks(self) -> qemu_img.CheckResult:
+        with qcow2.all_counted(self.path):
+            return qemu_img.check(self.path, "qcow2", repair="leaks", **self.tool_options())
 
     def _forget_quietly(self) -> None:
         # An undo step: the error that led here matters more, and a record without a disk means nothing.

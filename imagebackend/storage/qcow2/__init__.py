@@ -9,6 +9,7 @@ from imagebackend.storage.qcow2.overlay import write_overlay
 from imagebackend.storage.qcow2.tables import (
     Run,
     Snapshot,
+    all_counted,
     allocated_size,
     data_runs,
     read_snapshots,
@@ -23,6 +24,7 @@ __all__ = [
     "Header",
     "Run",
     "Snapshot",
+    "all_counted",
     "allocated_size",
     "backing_chain",
     "data_runs",

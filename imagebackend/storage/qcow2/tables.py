@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import struct
@@ -12,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from imagebackend import exceptions
-from imagebackend.storage.qcow2.header import MAX_L1_SIZE, Header
+from imagebackend.storage.qcow2.header import MAX_L1_SIZE, Header, read_header
 
-__all__ = ["Run", "Snapshot", "allocated_size", "data_runs", "read_snapshots"]
+__all__ = ["Run", "Snapshot", "all_counted", "allocated_size", "data_runs", "read_snapshots"]
 
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 _COPIED, _COMPRESSED, _ZERO = 1 << 63, 1 << 62, 1
@@ -29,6 +30,8 @@ _MAX_L2_SIZE = 256 << 20
 _PIECE = 1 << 20
 #: The block in which file systems allocate.
 _BLOCK = 4096
+#: Less than ext4 allows (16 TiB), and more than what a killed tool can have left lies behind.
+_LONGEST_FILE = 8 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,33 @@ def read_snapshots(descriptor: int, header: Header, name: str) -> list[Snapshot]
         found.append(snapshot)
         offset += length
     return found
+
+
+@contextlib.contextmanager
+def all_counted(path: str) -> Iterator[None]:
+    """Let an image be, in the block, as long as its reference counts reach, for whoever gives leaked clusters back.
+
+    QEMU looks at no counts beyond the end of the file, where a tool that was killed has put some if it did not live to
+    write there. They would leak as soon as the file grows.
+
+    :param path: the image, to which nobody else writes. Nothing is appended to it in the block.
+    :raises ImageUnacceptable: its header breaks the format's rules.
+    :raises StorageError: it cannot be opened, read or made longer.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            header = read_header(descriptor, path)
+            counted = min(_Tables(descriptor, header, path).counted_size(), _LONGEST_FILE)
+            os.ftruncate(descriptor, max(header.file_size, counted))
+            try:
+                yield
+            finally:
+                os.ftruncate(descriptor, header.file_size)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
 
 
 def allocated_size(descriptor: int, header: Header, name: str) -> int:
@@ -192,6 +222,15 @@ class _Tables:
         for _, entries in self._pieces(header.refcount_table_offset, length):
             for entry in filter(None, entries):
                 self._reserve("refcount block", entry)
+
+    def counted_size(self) -> int:
+        """Return the end of what the refcount blocks cover, in bytes."""
+        header = self._header
+        length = header.refcount_table_clusters * header.cluster_size
+        pieces = self._pieces(header.refcount_table_offset, length)
+        ends = (first + index for first, entries in pieces for index, entry in enumerate(entries, 1) if entry)
+        blocks = max(ends, default=0)
+        return blocks * (header.cluster_size * 8 >> header.refcount_order) * header.cluster_size
 
     def l2_tables(self) -> Iterator[tuple[int, array[int]]]:
         """Yield the entries of each L2 table that is there and not all zero, with its first guest offset."""
