@@ -238,9 +238,13 @@ class DiskFile:
     def forget(self) -> None:
         """Drop the record of a disk that is gone, and the instance's folder with the last one.
 
-        The record goes last: a disk without a format is the one thing that must never be seen.
+        The record goes last: a disk without a format is the one thing that must never be seen. It stays where the file
+        system is too full to write one without this disk: without the disk it means nothing.
         """
-        disk_info.forget(self.path, **self._record_options())
+        try:
+            disk_info.forget(self.path, **self._record_options())
+        except exceptions.InsufficientSpace as error:
+            LOG.warning("the record of %s, which is gone, stays: %s", self.path, error)
         faults.point("disk.remove.recorded")
         try:
             os.rmdir(self.folder)

@@ -173,6 +173,34 @@ def test_hostile_names_are_refused_wherever_they_enter(backend, name: Any):
             act()
 
 
+@pytest.mark.parametrize("image_type", ["raw", "qcow2"])
+@pytest.mark.parametrize(
+    ("instance", "disk", "kind"),
+    [
+        ("instance", "disk.info", "disk"),
+        ("locks", "disk", "instance"),
+        ("snapshots", "disk", "instance"),
+        ("_base", "disk", "instance"),
+        ("templates", "disk", "instance"),
+    ],
+)
+def test_names_that_stand_for_something_else_are_refused(backend, tmp_path, image_type, instance, disk, kind):
+    if instance == "templates":
+        backend.conf.set_override("subdirectory_name", "templates", group="image_cache")
+    (tmp_path / "local").write_bytes(bytes(MIB))
+    image = backend.image("other", "disk", image_type)
+    for act in (
+        lambda: backend.image(instance, disk, image_type),
+        lambda: backend.image(types.SimpleNamespace(uuid=instance), disk, image_type),
+        lambda: backend.snapshot(f"{tmp_path}/instances/{instance}/{disk}", image_type),
+        lambda: image.import_file(instance, str(tmp_path / "local"), disk),
+    ):
+        with pytest.raises(exceptions.InvalidName) as caught:
+            act()
+        assert caught.value.kind == kind
+    assert not (tmp_path / "instances").exists()
+
+
 def test_a_path_of_libvirt_names_instance_and_disk(backend, tmp_path):
     path = f"{tmp_path}/instances/i-1/disk.local"
     for image in (backend.snapshot(path), backend.by_libvirt_path("i-1", path)):
