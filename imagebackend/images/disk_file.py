@@ -198,12 +198,15 @@ class DiskFile:
         :returns: the intent that was found, as recorded by :meth:`change`; None if there was none. The caller does
             what remains to be done, then calls :meth:`settle`.
         :raises CorruptDisk: the disk is damaged, and marked so.
+        :raises StorageError: it could not be mended; the next attempt may.
         """
         try:
             intent: dict[str, Any] = json.loads(pathlib.Path(self._intent).read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise exceptions.storage_error(error, self._intent) from error
+        except ValueError as error:
             reason = f"cannot be read ({error}); check the disk with 'qemu-img check', then remove this file"
             raise exceptions.CorruptRecord(self._intent, reason) from error
         result = self._mend_leaks()
@@ -215,6 +218,8 @@ class DiskFile:
             publish.write_file(self._broken, json.dumps(intent).encode(), durable=self.conf.durable_writes)
             reason = f"{result.corruptions} errors after '{intent['operation']}' was cut short; restore or remove it"
             raise exceptions.CorruptDisk(self.path, reason)
+        if result.leaks:
+            raise exceptions.StorageError(self.path, f"{result.leaks} leaked clusters could not be given back")
         return intent
 
     def settle(self) -> None:
@@ -277,8 +282,11 @@ class DiskFile:
 def _may_be_half_done(operation: str, error: Exception) -> bool:
     """Return whether a disk is neither what it was nor what it was to be, so that the intent has to stay.
 
-    Only a roll back can leave that: all else changes what no guest reads. It does if its tool was killed.
+    A flatten or rebase that failed can leave that, and a roll back whose tool was killed. All else changes what no
+    guest reads.
     """
+    if operation in ("flatten", "rebase"):
+        return True
     if operation != "rollback":
         return False
     return not isinstance(error, exceptions.ToolFailed) or error.exit_code is None or error.exit_code < 0

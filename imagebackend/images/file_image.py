@@ -199,7 +199,8 @@ class FileImage(Image):
                 self._file.refuse_in_use()
                 with contextlib.suppress(exceptions.ImageUnacceptable, exceptions.Unsupported):
                     template = self._stored().template_name()
-                    known = True
+                    # A change that was cut short may hold another lease, too.
+                    known = self._file.is_settled()
             self._file.remove_file()
             RawFile(self._file).remove_snapshots()
             self._file.forget()
@@ -270,10 +271,14 @@ class FileImage(Image):
                 descriptor = publish.create(scratch)
             except OSError as error:
                 raise exceptions.storage_error(error, scratch) from error
-            undo.callback(publish.remove_quietly, scratch)
             undo.callback(os.close, descriptor)
-            transfer.set_length(descriptor, size, scratch)
-            func(scratch)
-            transfer.check_filled(scratch, size)
-            options = creation_options(self.conf, backed=False)
-            transfer.convert(self._file, scratch, "raw", target, "qcow2", options=options)
+            with contextlib.ExitStack() as discard:
+                discard.callback(publish.remove_quietly, scratch)
+                transfer.set_length(descriptor, size, scratch)
+                func(scratch)
+                transfer.check_filled(scratch, size)
+                options = creation_options(self.conf, backed=False)
+                transfer.convert(self._file, scratch, "raw", target, "qcow2", options=options)
+                # As large as the disk's data: it must not stay without anybody being told.
+                publish.remove_file(scratch)
+                discard.pop_all()

@@ -50,6 +50,8 @@ class Qcow2File:
             if intent["operation"] == "rollback":
                 # Half of the old state and half of the snapshot's is neither.
                 qemu_img.snapshot_apply(self._disk.path, intent["snapshot"], **self._disk.tool_options())
+            if "template" in intent:
+                self._put_back(intent["template"])
             self._release_unused(intent.get("leases", []))
             self._disk.settle()
         template = self.template_name()
@@ -105,18 +107,22 @@ class Qcow2File:
         if template is None:
             return
         self._refuse_snapshots("flatten")
-        with self._disk.change("flatten", leases=[template]):
-            options = self._disk.tool_options()
-            qemu_img.rebase(self._disk.path, "qcow2", None, None, progress=progress, **options)
-            self._release_unused([template])
+        with contextlib.ExitStack() as undo:
+            with self._disk.change("flatten", template=template, leases=[template]):
+                undo.callback(self._settle_quietly)
+                options = self._disk.tool_options()
+                qemu_img.rebase(self._disk.path, "qcow2", None, None, progress=progress, **options)
+                self._release_unused([template])
+            undo.pop_all()
 
     def rebase(self, template: Template, *, unsafe: bool, progress: Progress | None) -> None:
         """Put the disk on another template, which the caller keeps from being removed."""
-        leases = [self.template_name(), template.name]
+        old = self.template_name()
+        leases = [old, template.name]
         self._refuse_snapshots("rebase")
         with contextlib.ExitStack() as undo:
-            undo.callback(self._release_unused_quietly, leases)
-            with self._disk.change("rebase", leases=leases):
+            with self._disk.change("rebase", template=old, leases=leases):
+                undo.callback(self._settle_quietly)
                 self._templates.lease(template.name, self._disk.owner)
                 options = self._disk.tool_options()
                 path, form = template.path, template.format
@@ -152,6 +158,21 @@ class Qcow2File:
                 f"{', '.join(found)} would lose what they have from the template; remove them first",
             )
 
+    def _put_back(self, template: str | None) -> None:
+        """Put the disk back on the template that it was on before a flatten or rebase that was cut short, or failed.
+
+        qemu-img writes the new name into the header before the tables that lead to what it has copied, so that the
+        disk may have lost what it had from the template. What did get copied is the same as there: it does no harm.
+        """
+        if template is None:
+            backing: tuple[str | None, str | None] = None, None
+        elif any(lease.owner.link == self._disk.owner.link for lease in self._templates.leases(template)):
+            found = self._templates.get(template)
+            backing = found.path, found.format
+        else:
+            return  # the lease was dropped when all had been done
+        qemu_img.rebase(self._disk.path, "qcow2", *backing, unsafe=True, **self._disk.tool_options())
+
     def _release_unused(self, templates: Iterable[str | None]) -> None:
         """Drop the leases on those of ``templates`` that the disk does not depend on, or no longer."""
         used = self.template_name()
@@ -159,10 +180,10 @@ class Qcow2File:
             if name is not None and name != used:
                 self._templates.release(name, self._disk.owner)
 
-    def _release_unused_quietly(self, templates: Iterable[str | None]) -> None:
-        # An undo step: the error that led here matters more.
+    def _settle_quietly(self) -> None:
+        # An undo step: the error that led here matters more, and the next access to the disk tries again.
         with contextlib.suppress(exceptions.ImageBackendError):
-            self._release_unused(templates)
+            self.settle()
 
 
 def _refuse_number(name: str) -> None:

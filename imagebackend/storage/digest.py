@@ -15,14 +15,47 @@ from collections.abc import Callable
 
 from imagebackend import exceptions
 
-__all__ = ["BLOCKS", "SHA256", "compute"]
+__all__ = ["BLOCKS", "BLOCK_SIZE", "SHA256", "BlockDigest", "compute"]
 
 SHA256 = "sha256"
 BLOCKS = "sha256-1m"
 
-_BLOCK = 1 << 20
+#: The bytes of a block of :data:`BLOCKS`.
+BLOCK_SIZE = 1 << 20
+
 _MOST_ZEROS = 1 << 16
-_ZERO_BLOCK = hashlib.sha256(bytes(_BLOCK)).digest()
+_ZERO_BLOCK = hashlib.sha256(bytes(BLOCK_SIZE)).digest()
+
+
+class BlockDigest:
+    """:data:`BLOCKS`, taken of blocks in the order of the file.
+
+    :ivar size: the bytes that were added.
+    """
+
+    def __init__(self) -> None:
+        self._total = hashlib.sha256()
+        self.size = 0
+
+    def add(self, block_digest: bytes, length: int) -> None:
+        """Add the SHA-256 digest of the next block, of ``length`` bytes; only the last has less than a block's."""
+        self._total.update(block_digest)
+        self.size += length
+
+    def add_zeros(self, end: int) -> None:
+        """Add zeros up to the offset ``end``, the end of a block or of the file; at most 64 GiB of them at a time.
+
+        Whether that reached ``end`` shows in :attr:`size`.
+        """
+        blocks = min((end - self.size) // BLOCK_SIZE, _MOST_ZEROS)
+        if blocks > 0:
+            self.add(_ZERO_BLOCK * blocks, blocks * BLOCK_SIZE)
+        elif self.size < end:
+            self.add(hashlib.sha256(bytes(end - self.size)).digest(), end - self.size)
+
+    def value(self) -> str:
+        """Return the digest, as ``algorithm:hex``."""
+        return f"{BLOCKS}:{self._total.hexdigest()}"
 
 
 def compute(descriptor: int, algorithm: str, name: str, progress: Callable[[int, int], None] | None = None) -> str:
@@ -38,19 +71,19 @@ def compute(descriptor: int, algorithm: str, name: str, progress: Callable[[int,
     if algorithm not in (SHA256, BLOCKS):
         raise exceptions.InvalidArgument(f"digest algorithm {algorithm!r}: {SHA256} and {BLOCKS} are known")
     total = hashlib.sha256()
-    buffer = memoryview(bytearray(_BLOCK))
+    buffer = memoryview(bytearray(BLOCK_SIZE))
     offset = 0
     try:
         size = os.fstat(descriptor).st_size
         while offset < size:
             zeros = 0
             if algorithm == BLOCKS:
-                zeros = min((_next_data(descriptor, offset, size) - offset) // _BLOCK, _MOST_ZEROS)
+                zeros = min((_next_data(descriptor, offset, size) - offset) // BLOCK_SIZE, _MOST_ZEROS)
             if zeros:
                 total.update(_ZERO_BLOCK * zeros)
-                offset += zeros * _BLOCK
+                offset += zeros * BLOCK_SIZE
             else:
-                block = buffer[: min(_BLOCK, size - offset)]
+                block = buffer[: min(BLOCK_SIZE, size - offset)]
                 if os.preadv(descriptor, [block], offset) != len(block):
                     raise exceptions.StorageError(name, "became shorter while it was read")
                 total.update(hashlib.sha256(block).digest() if algorithm == BLOCKS else block)

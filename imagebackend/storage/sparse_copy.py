@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 
 from imagebackend import exceptions
-from imagebackend.storage import qcow2, reflink
+from imagebackend.storage import digest, qcow2, reflink
 
-__all__ = ["allocate", "copy", "copy_runs", "data_ranges"]
+__all__ = ["allocate", "copy", "copy_runs", "copy_runs_with_digest", "data_ranges"]
 
 Progress = Callable[[int, int], None]
 
@@ -22,6 +25,8 @@ _CHUNK = 4 << 20
 _NOT_SUPPORTED = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 # Every reflinking file system clones in multiples of this at most.
 _ALIGNMENT = 4096
+# How often a callback is told, and may cancel, while only the digest is left; in seconds.
+_TELL_EVERY = 0.2
 
 
 def copy(source: int, target: int, *, progress: Progress | None = None, share: bool = True) -> None:
@@ -85,6 +90,101 @@ def copy_runs(
         _tell(progress, size, size)
     except OSError as error:
         raise exceptions.storage_error(error, reflink.file_path(target)) from error
+
+
+def copy_runs_with_digest(
+    source: int, target: int, runs: Sequence[qcow2.Run], *, progress: Progress | None = None
+) -> str:
+    """Copy the data of an image as :func:`copy_runs` does, while a second thread takes the digest of the result.
+
+    The digest is taken of the source, through the runs: what is only shared need not be read from the target.
+
+    :param progress: called in the caller's thread, for the copy and then for the digest. What it raises ends both.
+    :returns: :data:`imagebackend.storage.digest.BLOCKS` of what the target holds then.
+    :raises InsufficientSpace, PermissionDenied, StorageError: as of :func:`copy_runs`; the source cannot be read.
+    """
+    try:
+        size = os.fstat(target).st_size
+    except OSError as error:
+        raise exceptions.storage_error(error, reflink.file_path(target)) from error
+    reading = _RunsDigest(source, runs, size)
+    with futures.ThreadPoolExecutor(1, "digest") as pool:
+        try:
+            found = pool.submit(reading.compute)
+
+            def tell(done: int, size: int) -> None:
+                if found.done():
+                    found.result()
+                _tell(progress, done, size)
+
+            copy_runs(source, target, runs, progress=tell)
+            while not futures.wait([found], _TELL_EVERY).done:
+                _tell(progress, reading.done, size)
+            value = found.result()
+            _tell(progress, size, size)
+        finally:
+            reading.stopped.set()
+    return value
+
+
+class _RunsDigest:
+    """The digest of what runs of a source make up, taken in a thread of its own."""
+
+    def __init__(self, source: int, runs: Sequence[qcow2.Run], size: int) -> None:
+        self._source = source
+        self._runs = runs
+        self._size = size
+        self.done = 0
+        self.stopped = threading.Event()
+
+    def compute(self) -> str:
+        total = digest.BlockDigest()
+        buffer = memoryview(bytearray(digest.BLOCK_SIZE))
+        start = filled = 0
+        for offset, host_offset, length in self._pieces():
+            if offset >= start + digest.BLOCK_SIZE:
+                self._add(total, buffer, start, filled)
+                start, filled = offset - offset % digest.BLOCK_SIZE, 0
+            buffer[filled : offset - start] = bytes(offset - start - filled)
+            filled = offset - start + length
+            self._read(buffer[filled - length : filled], host_offset)
+            if self.stopped.is_set():
+                break
+        self._add(total, buffer, start, filled)
+        self._add_zeros(total, self._size)
+        return total.value()
+
+    def _pieces(self) -> Iterator[tuple[int, int, int]]:
+        """Yield the parts of the runs that lie in one block: offset in the target, in the source, length."""
+        for run in self._runs:
+            done = 0
+            while done < run.length:
+                offset = run.guest_offset + done
+                length = min(run.length - done, digest.BLOCK_SIZE - offset % digest.BLOCK_SIZE)
+                yield offset, run.host_offset + done, length
+                done += length
+
+    def _add(self, total: digest.BlockDigest, buffer: memoryview, start: int, filled: int) -> None:
+        if filled:
+            length = min(digest.BLOCK_SIZE, self._size - start)
+            buffer[filled:length] = bytes(length - filled)
+            self._add_zeros(total, start)
+            total.add(hashlib.sha256(buffer[:length]).digest(), length)
+            self.done = total.size
+
+    def _add_zeros(self, total: digest.BlockDigest, end: int) -> None:
+        while total.size < end and not self.stopped.is_set():
+            total.add_zeros(end)
+            self.done = total.size
+
+    def _read(self, piece: memoryview, offset: int) -> None:
+        try:
+            length = os.preadv(self._source, [piece], offset)
+        except OSError as error:
+            raise exceptions.storage_error(error, reflink.file_path(self._source)) from error
+        if length != len(piece):
+            end = offset + length
+            raise exceptions.StorageError(reflink.file_path(self._source), f"ends at {end}, earlier than expected")
 
 
 def allocate(descriptor: int, size: int) -> None:

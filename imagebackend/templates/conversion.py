@@ -60,8 +60,7 @@ def to_raw(
                 os.ftruncate(target, verdict.virtual_size)
             except OSError as error:
                 raise exceptions.storage_error(error, target_path) from error
-            sparse_copy.copy_runs(source, target, runs, progress=progress)
-            return digest.compute(target, digest.BLOCKS, target_path, progress)
+            return sparse_copy.copy_runs_with_digest(source, target, runs, progress=progress)
     timeout = conf.libvirt.images_tool_timeout
     # The time limit is for reading facts; a conversion's CPU time grows with the image and is bounded by the timeout.
     limits = process.Limits(cpu_time=timeout, address_space=conf.libvirt.images_address_space_limit << 30)

@@ -8,16 +8,20 @@ import itertools
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from imagebackend import exceptions
-from imagebackend.storage import qcow2, reflink, sparse_copy
+from imagebackend.storage import digest, qcow2, reflink, sparse_copy
 from tests import counting
 from tests.functional.filesystems import allocated, shared
 
@@ -219,6 +223,109 @@ def test_copy_runs_past_the_end(ext4_folder: Path) -> None:
         os.ftruncate(target, 4 * MIB)
         with pytest.raises(exceptions.StorageError, match="earlier than expected"):
             sparse_copy.copy_runs(source, target, [qcow2.Run(0, 0, 2 * MIB)])
+
+
+def with_digest(
+    folder: Path, runs: list[qcow2.Run], size: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[str, str]:
+    """Return the digest that was taken of the source, and the one of what the target holds."""
+    with opened(folder / "source", folder / "target") as (source, target):
+        os.ftruncate(target, size)
+        value = sparse_copy.copy_runs_with_digest(source, target, runs, progress=progress)
+        return value, digest.compute(target, digest.BLOCKS, "target")
+
+
+@pytest.mark.parametrize("size", [MIB - 512, 32 * MIB, 32 * MIB + 512, 40 * MIB + 1])
+def test_copy_runs_with_digest(folder: Path, size: int) -> None:
+    content = write_sparse(folder / "source", 12 * MIB, {0: 12 * MIB})
+    wanted = [(0, 9 * MIB, 65536), (MIB - 512, 512, 512), (MIB, MIB, 6 * MIB), (9 * MIB + 512, 512, 2 * MIB + 512),
+              (20 * MIB, 8192, 512), (20 * MIB + 512, 0, 4096), (31 * MIB, 0, MIB)]  # fmt: skip
+    runs = [qcow2.Run(*each) for each in wanted if each[0] + each[2] <= size]
+    seen: list[int] = []
+    ours, of_target = with_digest(folder, runs, size, lambda done, _: seen.append(done))
+    assert ours == of_target
+    expected = bytearray(size)
+    for run in runs:
+        expected[run.guest_offset : run.guest_offset + run.length] = content[run.host_offset :][: run.length]
+    assert (folder / "target").read_bytes() == expected
+    assert (seen[0], seen[-1]) == (0, size)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    gaps=st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 3000), st.integers(0, 1000)), max_size=5),
+    rest=st.integers(0, 3 * MIB),
+)
+def test_digest_of_any_runs_is_that_of_the_target(
+    tmp_path_factory: pytest.TempPathFactory, gaps: list[tuple[int, int, int]], rest: int
+) -> None:
+    folder = tmp_path_factory.mktemp("runs")
+    write_sparse(folder / "source", 4 * MIB, {0: 4 * MIB})
+    runs, end = [], 0
+    for gap, sectors, host in gaps:
+        runs.append(qcow2.Run(end + gap * 512, host * 512, sectors * 512))
+        end += (gap + sectors) * 512
+    ours, of_target = with_digest(folder, runs, end + rest)
+    assert ours == of_target
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("at", [0, 4 * MIB, 64 * MIB])
+def test_copy_runs_with_digest_is_cancelled(ext4_folder: Path, at: int) -> None:
+    write_sparse(ext4_folder / "source", 64 * MIB, {0: 64 * MIB})
+    calls: list[int] = []
+
+    def cancel(done: int, size: int) -> None:
+        calls.append(done)
+        if done >= at:
+            raise exceptions.Cancelled
+
+    before = threading.active_count()
+    with pytest.raises(exceptions.Cancelled):
+        with_digest(ext4_folder, [qcow2.Run(0, 0, 64 * MIB)], 64 * MIB, cancel)
+    assert calls[-1] == at
+    assert len([done for done in calls if done >= at]) == 1
+    assert threading.active_count() == before
+
+
+def test_cancelling_does_not_wait_for_the_zeros_of_a_large_disk(small_tmpfs: Path) -> None:
+    write_sparse(small_tmpfs / "source", MIB, {0: MIB})
+    told: list[int] = []
+
+    def cancel(done: int, size: int) -> None:
+        told.append(done)
+        if len(told) > 3:
+            raise exceptions.Cancelled
+
+    # 4 EiB: its zeros alone would take hours.
+    with pytest.raises(exceptions.Cancelled):
+        with_digest(small_tmpfs, [qcow2.Run(0, 0, MIB)], 4 << 60, cancel)
+
+
+class _EndlessCopy(list[qcow2.Run]):
+    """Runs that never end for the copy, and that leave the source for the digest."""
+
+    def __iter__(self) -> Iterator[qcow2.Run]:
+        if threading.current_thread() is threading.main_thread():
+            return itertools.repeat(qcow2.Run(0, 0, 4096))
+        return iter([qcow2.Run(0, MIB, 512)])
+
+
+def test_a_digest_that_cannot_be_taken_ends_the_copy(ext4_folder: Path) -> None:
+    write_sparse(ext4_folder / "source", MIB, {0: MIB})
+    with pytest.raises(exceptions.StorageError, match=f"ends at {MIB}, earlier than expected") as raised:
+        with_digest(ext4_folder, _EndlessCopy(), MIB)
+    assert raised.value.path == str(ext4_folder / "source")
+
+
+def test_a_copy_that_fails_ends_the_digest(tmp_path: Path, small_tmpfs: Path) -> None:
+    write_sparse(tmp_path / "source", 20 * MIB, {0: 20 * MIB})
+    before = threading.active_count()
+    with opened(tmp_path / "source", small_tmpfs / "target") as (source, target):
+        os.ftruncate(target, 20 * MIB)
+        with pytest.raises(exceptions.InsufficientSpace):
+            sparse_copy.copy_runs_with_digest(source, target, [qcow2.Run(0, 0, 20 * MIB)])
+    assert threading.active_count() == before
 
 
 def test_allocate_allocates_grows_and_never_shrinks(folder: Path) -> None:
