@@ -13,6 +13,8 @@ import libvirt
 import pytest
 
 from imagebackend import Backend, exceptions
+from imagebackend.images.rbd import Rbd
+from imagebackend.images.rbd_encryption import Encryption
 from tests.functional.ceph import rbd_backend
 from tools.guest_image import ROOT_SAYS, SIZE_SAYS, GuestImage
 from tools.private_ceph import Cluster
@@ -21,16 +23,20 @@ GIB = 1 << 30
 
 SECRET = """
 <secret ephemeral="yes" private="no">
-  <uuid>{uuid}</uuid><usage type="ceph"><name>{name}</name></usage>
+  <uuid>{uuid}</uuid><usage type="{usage}">{name}</usage>
 </secret>
 """
 
+# What libvirt wants to be told of a secret, by what it is used for.
+USAGES = {"ceph": "<name>{uuid}</name>", "volume": "<volume>{uuid}</volume>"}
+
 
 @contextlib.contextmanager
-def secret(connection: libvirt.virConnect, value: bytes) -> Iterator[str]:
+def secret(connection: libvirt.virConnect, value: bytes, usage: str = "ceph") -> Iterator[str]:
     """Have a secret defined in the block; give its UUID."""
     identifier = str(uuid.uuid4())
-    defined = connection.secretDefineXML(SECRET.format(uuid=identifier, name=f"test {identifier}"))
+    name = USAGES[usage].format(uuid=identifier)
+    defined = connection.secretDefineXML(SECRET.format(uuid=identifier, usage=usage, name=name))
     try:
         defined.setValue(value)
         yield identifier
@@ -101,6 +107,30 @@ def test_guest_boots_again_after_its_disk_was_rolled_back_and_flattened(
 
     image.flatten()
     assert start_guest(disk).wait_for(ROOT_SAYS) == "/dev/vda1 ext4"
+
+
+@pytest.mark.parametrize("luks", ["luks1", "luks2"])
+def test_guest_boots_from_an_encrypted_disk(
+    start_guest,
+    ceph: Cluster,
+    rbd_pool: str,
+    guest: GuestImage,
+    libvirt_qemu: libvirt.virConnect,
+    tmp_path: Path,
+    luks: str,
+) -> None:
+    passphrase = "correct horse battery staple"
+    with secret(libvirt_qemu, passphrase.encode(), "volume") as identifier:
+        image = rbd_backend(ceph, rbd_pool, tmp_path / "instances").image("guest", "disk")
+        assert isinstance(image, Rbd)
+        image.encryption = Encryption(passphrase, identifier, luks)
+        image.cache(lambda target: Path(target).write_bytes(guest.disk.read_bytes()), "template", 128 << 20)
+
+        running = start_guest(image.libvirt_info("virtio", "vda", "disk", None, {}).to_xml())
+        assert running.wait_for(ROOT_SAYS) == "/dev/vda1 ext4"
+        assert running.wait_for(SIZE_SAYS) == str(128 << 20)
+        running.domain.destroy()
+        image.remove()
 
 
 def test_the_model_has_the_key_that_libvirt_keeps(
