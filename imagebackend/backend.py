@@ -29,6 +29,7 @@ _BUILT_IN = {
     "raw": ("imagebackend.images.raw", "Raw"),
     "flat": ("imagebackend.images.raw", "Raw"),
     "qcow2": ("imagebackend.images.qcow2", "Qcow2"),
+    "rbd": ("imagebackend.images.rbd", "Rbd"),
 }
 
 
@@ -47,8 +48,8 @@ class Backend:
     def backend(self, image_type: str | None = None) -> type[Image]:
         """Return the class of images of a type.
 
-        :param image_type: ``raw``, ``flat`` (the same), ``qcow2``, a type that another package adds, or ``default``;
-            None: what ``[libvirt] images_type`` says.
+        :param image_type: ``raw``, ``flat`` (the same), ``qcow2``, ``rbd``, a type that another package adds, or
+            ``default``; None: what ``[libvirt] images_type`` says.
         :raises InvalidConfiguration: there is no such type, or the package that adds it is broken.
         """
         wanted = image_type or self.conf.libvirt.images_type
@@ -78,36 +79,41 @@ class Backend:
     by_name = image
 
     def snapshot(self, path: str, image_type: str | None = None) -> Image:
-        """Return the image for an existing disk by its libvirt path: ``…/instance/disk``.
+        """Return the image for an existing disk by its libvirt path: ``…/instance/disk``, ``pool/instance_disk``.
 
-        :param path: the path that the domain's XML has.
+        :param path: the path, or the source's name, that the domain's XML has.
         :raises InvalidName: the path does not end in the names of an instance and a disk.
         """
-        return self.by_libvirt_path(os.path.basename(os.path.dirname(path)), path, image_type)
+        return self.by_libvirt_path(self.backend(image_type).names_of_path(path)[0], path, image_type)
 
     def by_libvirt_path(self, instance: Any, path: str, image_type: str | None = None) -> Image:
         """Return the image for an existing disk of an instance by its libvirt path.
 
         :param instance: anything with a ``uuid``, or a string.
-        :param path: the path that the domain's XML has, absolute.
+        :param path: the path, absolute, or the source's name, that the domain's XML has.
         :raises InvalidName: the last part of the path is not the name of a disk, or the path is not absolute.
         """
-        # POSIX lets '//' at the beginning mean something else, so that normpath leaves it.
-        if not os.path.isabs(path) or path.startswith("//") or os.path.normpath(path) != path:
-            raise exceptions.InvalidName("disk", path, "an absolute path without '.', '..' and '//' is needed")
-        disk_name = os.path.basename(path)
-        return self.backend(image_type)(self.conf, self.templates, names.instance_id(instance), disk_name, path)
+        kind = self.backend(image_type)
+        disk_name = kind.names_of_path(path)[1]
+        return kind(self.conf, self.templates, names.instance_id(instance), disk_name, path)
 
     def disks(self, instance: Any = None) -> Iterator[Image]:
-        """Yield the disks in files that are on record under ``instances_path``, by instance and name.
+        """Yield the disks in files that are on record under ``instances_path``, and those of the configured type in
+        a store of its own, by instance and name.
 
         :param instance: anything with a ``uuid``, or a string; None: all, where an instance whose record cannot be
             read is logged and left out.
         :raises PermissionDenied, StorageError: the folder cannot be read.
         :raises CorruptRecord: the record of ``instance`` cannot be read.
         """
-        if instance is not None:
-            yield from self._disks_of(names.instance_id(instance))
+        owner = None if instance is None else names.instance_id(instance)
+        for stored_owner, disk_name in sorted(self.backend().stored(self.conf)):
+            if owner in (None, stored_owner):
+                image = self.image(stored_owner, disk_name)
+                if image.exists():
+                    yield image
+        if owner is not None:
+            yield from self._disks_of(owner)
             return
         folder = os.path.abspath(self.conf.instances_path)
         try:

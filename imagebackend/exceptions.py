@@ -34,6 +34,7 @@
     │   └── ToolMissing
     ├── TimedOut
     │   ├── LockTimeout
+    │   ├── StorageTimeout
     │   ├── ToolTimeout
     │   └── FetchTimeout
     └── Cancelled                  a progress callback asked to stop
@@ -74,6 +75,7 @@ __all__ = [
     "SnapshotExists",
     "SnapshotNotFound",
     "StorageError",
+    "StorageTimeout",
     "TemplateExists",
     "TemplateInUse",
     "TemplateNotFound",
@@ -297,9 +299,9 @@ class InsufficientSpace(StorageError):
     :ivar available: bytes free, where known.
     """
 
-    def __init__(self, path: str, required: int | None = None, available: int | None = None) -> None:
+    def __init__(self, path: str, required: int | None = None, available: int | None = None, reason: str = "") -> None:
         if required is None:
-            reason = "no space left on the file system; free some, or prune the template cache"
+            reason = reason or "no space left on the file system; free some, or prune the template cache"
         else:
             reason = f"{required} bytes needed, {available} available; free some, or prune the template cache"
         super().__init__(path, reason, errno.ENOSPC)
@@ -310,8 +312,9 @@ class InsufficientSpace(StorageError):
 class PermissionDenied(StorageError):
     """The process lacks the rights."""
 
-    def __init__(self, path: str, number: int = errno.EACCES) -> None:
-        super().__init__(path, "permission denied; check the owner and mode of the file and its folders", number)
+    def __init__(self, path: str, number: int = errno.EACCES, reason: str = "") -> None:
+        reason = reason or "permission denied; check the owner and mode of the file and its folders"
+        super().__init__(path, reason, number)
 
 
 class FetchFailed(ImageBackendError):
@@ -384,6 +387,16 @@ class LockTimeout(TimedOut, Busy):
         TimedOut.__init__(self, f"waiting for the lock {path}, which another thread, process or host holds", seconds)
         self.name = path
         self.reason = "locked"
+
+
+class StorageTimeout(TimedOut, StorageError):
+    """The storage did not answer."""
+
+    def __init__(self, path: str, seconds: float) -> None:
+        TimedOut.__init__(self, f"{path}: no answer from the storage", seconds)
+        self.path = path
+        self.reason = "no answer"
+        self.errno = errno.ETIMEDOUT
 
 
 class ToolTimeout(TimedOut, ToolFailed):

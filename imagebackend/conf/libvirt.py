@@ -112,4 +112,96 @@ disk that has a template be preallocated.
         choices=["zlib", "zstd"],
         help="How clusters of new qcow2 disks are compressed, where something compresses them.",
     ),
+    cfg.StrOpt(
+        "images_rbd_pool",
+        default="rbd",
+        help="The Ceph pool that stores disks and their templates.",
+    ),
+    cfg.StrOpt(
+        "images_rbd_namespace",
+        default="",
+        help="The RADOS namespace in that pool ('rbd namespace create'). By default the one without a name.",
+    ),
+    cfg.StrOpt(
+        "images_rbd_data_pool",
+        help="The pool, possibly erasure-coded, that holds the data of new disks. By default images_rbd_pool.",
+    ),
+    cfg.StrOpt(
+        "images_rbd_ceph_conf",
+        default="",
+        help="Path of the ceph.conf of the cluster. By default where Ceph's own tools look for it.",
+    ),
+    cfg.ListOpt(
+        "images_rbd_features",
+        default=[],
+        help="""
+Image features of new disks, such as 'layering, exclusive-lock, object-map, fast-diff, deep-flatten'. By default what
+ceph.conf says in rbd_default_features.
+""",
+    ),
+    cfg.IntOpt(
+        "images_rbd_object_size",
+        default=0,
+        min=0,
+        max=32 * units.Mi,
+        help="""
+The size, in bytes, of the objects that new disks are stored in: a power of two from 4096 to 33554432. 0: what
+ceph.conf says in rbd_default_order.
+""",
+    ),
+    cfg.StrOpt(
+        "images_rbd_clone_format",
+        default="auto",
+        choices=[
+            ("auto", "2 where the cluster requires clients that know it, 1 elsewhere"),
+            ("1", "Templates are protected as long as they have clones"),
+            ("2", "For clusters whose clients are all of Ceph 13 (Mimic) or later"),
+        ],
+        help="The format of clones: whether templates must be protected to have them.",
+    ),
+    cfg.IntOpt(
+        "images_rbd_max_clone_depth",
+        default=5,
+        min=1,
+        help="A disk that is cloned from an image with this many parents is flattened.",
+    ),
+    cfg.IntOpt(
+        "images_rbd_trash_delay",
+        min=0,
+        help="""
+Move removed disks to the pool's trash, and protect them there for this many seconds ('rbd trash restore'). By
+default they are removed at once.
+""",
+    ),
+    cfg.StrOpt(
+        "rbd_user",
+        help="The Ceph user, without 'client.', of this host and its guests. Needs rbd_secret_uuid.",
+    ),
+    cfg.StrOpt(
+        "rbd_secret_uuid",
+        help="The UUID of libvirt's secret that holds the key of rbd_user.",
+    ),
+    cfg.IntOpt(
+        "rbd_connect_timeout",
+        default=5,
+        help="For how many seconds to try to connect to the cluster. 0 or below: as ceph.conf says.",
+    ),
+    cfg.IntOpt(
+        "rbd_operation_timeout",
+        default=60,
+        min=0,
+        help="After how many seconds without an answer a request to the cluster fails. 0: never.",
+    ),
+    cfg.IntOpt(
+        "rbd_destroy_volume_retries",
+        default=12,
+        min=0,
+        help="How often to try again to remove a disk that is in use: the cluster notices late that a guest died.",
+    ),
+    cfg.IntOpt(
+        "rbd_destroy_volume_retry_interval",
+        default=5,
+        min=0,
+        help="How many seconds to wait before each of these tries.",
+    ),
 )

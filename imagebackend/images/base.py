@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import abc
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -93,6 +94,23 @@ class Image(abc.ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.instance!r}, {self.disk_name!r}, path={self.path!r})"
+
+    @classmethod
+    def names_of_path(cls, path: str) -> tuple[str, str]:
+        """Return the instance and the disk name that a libvirt path of this backend ends in.
+
+        :raises InvalidName: the path is not absolute, or does not end in names.
+        """
+        # POSIX lets '//' at the beginning mean something else, so that normpath leaves it.
+        if not os.path.isabs(path) or path.startswith("//") or os.path.normpath(path) != path:
+            raise exceptions.InvalidName("disk", path, "an absolute path without '.', '..' and '//' is needed")
+        folder, disk_name = os.path.split(path)
+        return os.path.basename(folder), disk_name
+
+    @classmethod
+    def stored(cls, conf: cfg.ConfigOpts) -> Iterable[tuple[str, str]]:
+        """Return instance and name of every disk that is in a store of this backend's own; none for files."""
+        return ()
 
     # What every backend has to do itself.
 

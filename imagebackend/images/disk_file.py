@@ -20,7 +20,7 @@ from imagebackend.images import disk_info
 from imagebackend.storage import image_lock, loop_device, publish, qcow2, qemu_img
 from imagebackend.templates.leases import Owner
 
-__all__ = ["DiskFile", "for_disk"]
+__all__ = ["DiskFile", "for_disk", "tool_options"]
 
 LOG = logging.getLogger(__name__)
 
@@ -42,6 +42,13 @@ def for_disk(conf: cfg.ConfigOpts, instance: object, disk_name: str) -> DiskFile
     if disk_name in _NO_DISKS:
         raise exceptions.InvalidName("disk", disk_name, "the record of the instance's disks is called that")
     return DiskFile(conf, name, disk_name)
+
+
+def tool_options(conf: cfg.ConfigOpts) -> dict[str, Any]:
+    """Return the deadline and limits for a tool that works on a whole disk, as keyword arguments."""
+    timeout = conf.libvirt.images_tool_timeout
+    limits = process.Limits(cpu_time=timeout, address_space=conf.libvirt.images_address_space_limit << 30)
+    return {"timeout": timeout, "limits": limits}
 
 
 class DiskFile:
@@ -223,10 +230,8 @@ class DiskFile:
             publish.sync_folder(self.folder)
 
     def tool_options(self) -> dict[str, Any]:
-        """Return the deadline and limits for a tool that works on the whole disk, as keyword arguments."""
-        timeout = self.conf.libvirt.images_tool_timeout
-        limits = process.Limits(cpu_time=timeout, address_space=self.conf.libvirt.images_address_space_limit << 30)
-        return {"timeout": timeout, "limits": limits}
+        """Return what :func:`tool_options` does for this disk."""
+        return tool_options(self.conf)
 
     def remove_file(self) -> None:
         """Remove the disk itself and what killed makers left of it; :meth:`forget` follows."""

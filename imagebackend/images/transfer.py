@@ -23,6 +23,7 @@ __all__ = [
     "convert",
     "copy",
     "extract",
+    "extract_target",
     "import_file",
     "is_grown",
     "is_running",
@@ -170,16 +171,25 @@ def copy(conf: cfg.ConfigOpts, source: int, target: int, *, progress: Progress |
         raise exceptions.Unsupported("[DEFAULT] reflink = always", "this file system does not share blocks")
 
 
+def extract_target(conf: cfg.ConfigOpts, target: str, out_format: str | None, disk_format: str) -> tuple[str, str]:
+    """Return path and format of a copy that is to be extracted.
+
+    :raises InvalidArgument: such a format is not written, or the target is among disks and templates.
+    :raises StorageError: there is no such folder.
+    """
+    out_format = out_format or conf.libvirt.snapshot_image_format or disk_format
+    if out_format not in _EXTRACT_FORMATS:
+        raise exceptions.InvalidArgument(f"format {out_format!r}: one of {', '.join(_EXTRACT_FORMATS)} is needed")
+    return _extract_path(conf, target), out_format
+
+
 def extract(disk: DiskFile, disk_format: str, target: str, out_format: str | None, progress: Progress | None) -> None:
     """Write a standalone copy of a disk, which the caller has locked, to ``target``.
 
     :raises InvalidArgument: such a format is not written, or the target is among disks and templates.
     :raises DiskInUse: a guest holds the disk.
     """
-    out_format = out_format or disk.conf.libvirt.snapshot_image_format or disk_format
-    if out_format not in _EXTRACT_FORMATS:
-        raise exceptions.InvalidArgument(f"format {out_format!r}: one of {', '.join(_EXTRACT_FORMATS)} is needed")
-    target = _extract_path(disk.conf, target)
+    target, out_format = extract_target(disk.conf, target, out_format, disk_format)
     compress = out_format == "qcow2" and disk.conf.libvirt.snapshot_compression
     durable = disk.conf.durable_writes
     lock = f"{disk.locks}/extract-{hashlib.sha256(os.fsencode(target)).hexdigest()[:32]}"

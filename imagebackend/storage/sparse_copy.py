@@ -14,7 +14,7 @@ from concurrent import futures
 from imagebackend import exceptions
 from imagebackend.storage import digest, qcow2, reflink
 
-__all__ = ["allocate", "copy", "copy_runs", "copy_runs_with_digest"]
+__all__ = ["allocate", "copy", "copy_runs", "copy_runs_with_digest", "data_ranges"]
 
 Progress = Callable[[int, int], None]
 
@@ -50,7 +50,7 @@ def copy(source: int, target: int, *, progress: Progress | None = None, share: b
             return
         _tell(progress, 0, size)
         os.ftruncate(target, size)
-        for start, end in _data(source, size):
+        for start, end in data_ranges(source, size):
             for offset, length in _copy_range(source, target, start, start, end - start, share):
                 _tell(progress, offset + length, size)
         _tell(progress, size, size)
@@ -210,12 +210,11 @@ def allocate(descriptor: int, size: int) -> None:
         raise exceptions.storage_error(error, reflink.file_path(descriptor)) from error
 
 
-def _tell(progress: Progress | None, done: int, size: int) -> None:
-    if progress is not None:
-        progress(done, size)
+def data_ranges(source: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield start and end of what is not a hole in the first ``size`` bytes of an open file.
 
-
-def _data(source: int, size: int) -> Iterator[tuple[int, int]]:
+    :raises OSError: as the operating system says.
+    """
     end = 0
     while end < size:
         try:
@@ -226,6 +225,11 @@ def _data(source: int, size: int) -> Iterator[tuple[int, int]]:
             raise
         end = min(os.lseek(source, start, os.SEEK_HOLE), size)
         yield start, end
+
+
+def _tell(progress: Progress | None, done: int, size: int) -> None:
+    if progress is not None:
+        progress(done, size)
 
 
 def _clone_aligned(source: int, target: int, run: qcow2.Run) -> int:

@@ -10,11 +10,16 @@ metadata changes (ext4, XFS), which is where local disks are, the sync of the la
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 from imagebackend import exceptions
 
 __all__ = ["Lease", "Owner", "drop", "read_all", "take"]
+
+
+# The path is absolute, or an image in a Ceph pool; the host may be an IPv6 address.
+_TARGET = re.compile(r"(.*?):(/.*|rbd:.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,9 @@ def read_all(folder: str, template: str) -> list[Lease]:
             except FileNotFoundError:
                 continue  # dropped since it was listed
             instance, _, disk = link.partition(":")
-            # The path is absolute, and a host may be an IPv6 address.
-            host, _, path = target.partition(":/")
-            found.append(Lease(template, Owner(instance, disk, host, f"/{path}")))
+            parts = _TARGET.fullmatch(target)
+            host, path = parts.groups() if parts is not None else ("", target)
+            found.append(Lease(template, Owner(instance, disk, host, path)))
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -11,7 +11,9 @@ import signal
 import sys
 from typing import NoReturn
 
-from tests.bench import environment, figures, peers, report
+from tests.bench import environment, figures, peers, rbd_figures, report
+
+FIGURES = (*figures.FIGURES, *rbd_figures.FIGURES)
 
 _LINES_OF_ERROR = 6
 
@@ -30,7 +32,7 @@ def main() -> int:
         sides = ("own", "nova") if has_nova else ("own",)
         bench = figures.Bench(folder, xfs, options.rounds, options.quick, sides)
         facts = report.machine_facts(folder, xfs)
-        for figure in figures.FIGURES:
+        for figure in FIGURES:
             if options.only and figure.name not in options.only:
                 continue
             sys.stderr.write(f"{figure.name}: {figure.about}\n")
@@ -59,10 +61,10 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tools/bench",
         description="Measure this project against Nova's own code and the bare tools, in the same rounds.",
-        epilog="\n".join(f"{figure.name:20}{figure.about}" for figure in figures.FIGURES),
+        epilog="\n".join(f"{figure.name:20}{figure.about}" for figure in FIGURES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = [figure.name for figure in figures.FIGURES]
+    names = [figure.name for figure in FIGURES]
     parser.add_argument("--rounds", type=int, help="turns that each side has (default: 5; 2 with --quick)")
     parser.add_argument("--only", action="append", choices=names, metavar="FIGURE", help="can be given again")
     parser.add_argument("--quick", action="store_true", help="less of everything: only to see that it works")

@@ -18,7 +18,7 @@ from tests.bench import environment, peers
 from tests.bench.report import OWN, CountRow, Row, progress
 from tests.bench.worker import Timing
 
-__all__ = ["FIGURES", "Bench", "Figure"]
+__all__ = ["FIGURES", "NOVA", "Bench", "Contender", "CountRow", "Figure", "Row", "row", "worker_in"]
 
 _GIB, _MIB = 1 << 30, 1 << 20
 _TEMPLATE = "template"
@@ -70,7 +70,7 @@ class Bench:
             for side in self.sides:
                 folder = f"{place}/{side}-{images_type}"
                 configuration = peers.write_configuration(folder, images_type, image_service=image_service)
-                workers[side] = stack.enter_context(_worker(side, configuration, folder))
+                workers[side] = stack.enter_context(worker_in(side, configuration, folder))
             yield workers
 
     @contextmanager
@@ -86,7 +86,7 @@ class Bench:
         """Start this side with ``durable_writes`` switched off, the template in its cache."""
         folder = f"{place}/own-{images_type}-hasty"
         configuration = peers.write_configuration(folder, images_type, durable=False)
-        with _worker("own", configuration, folder) as worker:
+        with worker_in("own", configuration, folder) as worker:
             self.adopt(worker)
             yield worker
 
@@ -109,7 +109,7 @@ class Bench:
 
 
 @contextmanager
-def _worker(side: str, configuration: str, folder: str) -> Iterator[peers.Worker]:
+def worker_in(side: str, configuration: str, folder: str) -> Iterator[peers.Worker]:
     try:
         worker = peers.Worker(side, configuration)
         try:
@@ -139,7 +139,7 @@ def warm_qcow2(bench: Bench, figure: str) -> list[Row | CountRow]:
             title = f"warm qcow2 disk, {count} in turn"
             results = bench.interleave(title, contenders)
             commands = {tool: "qemu-img create -q -f qcow2 -F raw -b TEMPLATE DISK SIZE"}
-            rows.append(_row(figure, title, "ms a disk", results, {NOVA: 60, tool: 4}, commands=commands))
+            rows.append(row(figure, title, "ms a disk", results, {NOVA: 60, tool: 4}, commands=commands))
     return rows
 
 
@@ -150,7 +150,7 @@ def warm_qcow2_threads(bench: Bench, figure: str) -> list[Row | CountRow]:
         for threads in (8, 32):
             title = f"warm qcow2 disk, {count} by {threads} threads"
             results = bench.interleave(title, _creators(bench, workers, count, threads))
-            rows.append(_row(figure, f"{title}: throughput", "ms a disk", results, {NOVA: 60}))
+            rows.append(row(figure, f"{title}: throughput", "ms a disk", results, {NOVA: 60}))
             middle = _each(results, lambda each: statistics.median(each) * 1e3)
             late = _each(results, lambda each: statistics.quantiles(each, n=10)[8] * 1e3)
             tail = _each(results, lambda each: statistics.quantiles(each, n=10)[8] / statistics.median(each))
@@ -185,8 +185,8 @@ def raw_reflink(bench: Bench, figure: str) -> list[Row | CountRow]:
         not_durable = bench.interleave(without, contenders)
     os.unlink(source)
     return [
-        _row(figure, title, "ms a disk", durable, {NOVA: 60, _REFLINK: 3, _REFLINK_SYNC: 1}, commands=commands),
-        _row(figure, without, "ms a disk", not_durable, {_REFLINK: 3}),
+        row(figure, title, "ms a disk", durable, {NOVA: 60, _REFLINK: 3, _REFLINK_SYNC: 1}, commands=commands),
+        row(figure, without, "ms a disk", not_durable, {_REFLINK: 3}),
     ]
 
 
@@ -200,7 +200,7 @@ def raw_copy(bench: Bench, figure: str) -> list[Row | CountRow]:
         title = f"warm raw disk on {kind}, {bench.data_size // _MIB} MiB of data"
         results = bench.interleave(title, contenders)
     commands = {tool: "cp TEMPLATE DISK, then fdatasync(2)", bare: "cp TEMPLATE DISK, not durable"}
-    return [_row(figure, title, "ms a disk", results, {tool: 1}, commands=commands)]
+    return [row(figure, title, "ms a disk", results, {tool: 1}, commands=commands)]
 
 
 def existing_disk(bench: Bench, figure: str) -> list[Row | CountRow]:
@@ -213,7 +213,7 @@ def existing_disk(bench: Bench, figure: str) -> list[Row | CountRow]:
             contenders[_SIDES[side]] = functools.partial(worker.call, "cache", **arguments)
         title = "cache() on an existing qcow2 disk"
         results = bench.interleave(title, contenders)
-    return [_row(figure, title, "ms", results, {NOVA: 300}, limit=1)]
+    return [row(figure, title, "ms", results, {NOVA: 300}, limit=1)]
 
 
 def disk_xml(bench: Bench, figure: str) -> list[Row | CountRow]:
@@ -230,7 +230,7 @@ def disk_xml(bench: Bench, figure: str) -> list[Row | CountRow]:
                 _SIDES[side]: functools.partial(worker.call, "describe", instance="described", times=times, anew=anew)
                 for side, worker in workers.items()
             }
-            rows.append(_row(figure, title, "µs", bench.interleave(title, contenders), {NOVA: 1}))
+            rows.append(row(figure, title, "µs", bench.interleave(title, contenders), {NOVA: 1}))
     return rows
 
 
@@ -264,7 +264,7 @@ def import_cost(bench: Bench, figure: str) -> list[Row | CountRow]:
             sizes[name].append(int(printed) / 1024)
     shown = {name: f"python -c '{program}'" for name, (_, program) in programs.items()}
     return [
-        _row(figure, f"{title}: wall time", "ms", results, {}, limit=150, commands=shown),
+        row(figure, f"{title}: wall time", "ms", results, {}, limit=150, commands=shown),
         Row(figure, f"{title}: largest resident size", "MiB", sizes, limit=30, commands=shown),
     ]
 
@@ -315,7 +315,7 @@ def _cold(
                 source = f"{image}-{algorithm}"
                 contenders[f"{NOVA}, {algorithm}"] = functools.partial(_fetch, worker, source, size)
         results = bench.interleave(title, contenders)
-    return [_row(figure, title, "s", results, {f"{NOVA}, {environment.GLANCE_ALGORITHMS[0]}": 1 / 0.6})]
+    return [row(figure, title, "s", results, {f"{NOVA}, {environment.GLANCE_ALGORITHMS[0]}": 1 / 0.6})]
 
 
 def _make_image(web: str, image: str, size: int, write_data: Callable[[str, int], None], options: list[str]) -> int:
@@ -395,7 +395,7 @@ def _instances(count: int) -> list[str]:
     return [str(uuid.uuid4()) for _ in range(count)]
 
 
-def _row(
+def row(
     figure: str,
     title: str,
     unit: str,

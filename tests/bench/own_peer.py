@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import imagebackend
+from imagebackend.images.rbd import Rbd
 from tests.bench import worker
 
 
@@ -60,6 +61,12 @@ class Peer:
         """Remove disks."""
         for instance in instances:
             self.backend.image(instance, "disk").remove()
+
+    def forget_stored(self, template: str) -> None:
+        """Remove a template from the Ceph pool, and leave it in the cache."""
+        image = self.backend.image("any", "disk")
+        assert isinstance(image, Rbd)
+        image._store.remove(template)
 
     def forget(self, template: str) -> None:
         """Remove a template from the cache."""

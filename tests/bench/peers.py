@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from tests.bench.worker import Clock, Timing
@@ -27,6 +28,7 @@ durable_writes = {durable}
 [libvirt]
 images_type = {images_type}
 virt_type = qemu
+{libvirt}
 [glance]
 api_servers = {image_service}
 """
@@ -37,16 +39,25 @@ def interpreter(side: str) -> str:
     return f"{ROOT}/.cache/nova/bin/python" if side == "nova" else sys.executable
 
 
-def write_configuration(folder: str, images_type: str, *, image_service: str = "", durable: bool = True) -> str:
+def write_configuration(
+    folder: str,
+    images_type: str,
+    *,
+    image_service: str = "",
+    durable: bool = True,
+    libvirt: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Write the ini file of one side, the same for both, and return its path.
 
     :param durable: whether this project waits for stable storage; Nova has no such option.
+    :param libvirt: more options of that group.
     """
     os.makedirs(f"{folder}/instances", exist_ok=True)
     path = f"{folder}/bench.conf"
     with open(path, "w") as file:
         options = {"images_type": images_type, "image_service": image_service, "durable": durable}
-        file.write(_CONFIGURATION.format(folder=folder, **options))
+        more = "\n".join(f"{name} = {value}" for name, value in libvirt.items())
+        file.write(_CONFIGURATION.format(folder=folder, libvirt=more, **options))
     return path
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import subprocess
@@ -11,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rbd
 
 import imagebackend
 from imagebackend.backend import Backend
+from imagebackend.guest import LibvirtConfigGuestDisk
 from imagebackend.images.base import Image
+from imagebackend.images.model import LocalFileImage, RBDImage
+from imagebackend.storage import ceph
+from tools.private_ceph import Cluster
 
 MIB = 1 << 20
 #: Not a power of two, and with its last data in the last sector: what is cut off or rounded shows.
@@ -40,6 +46,8 @@ STORES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "qcow2-on-qcow2": ("qcow2", "ext4_folder", {"force_raw_images": False}),
+    "rbd-v1": ("rbd", "ext4_folder", {"libvirt.images_rbd_clone_format": "1"}),
+    "rbd-v2": ("rbd", "ext4_folder", {"libvirt.images_rbd_clone_format": "2"}),
 }
 
 
@@ -66,6 +74,9 @@ def template_content() -> bytes:
 
 class Store:
     """A backend on real storage, and the ways to look at its disks from outside."""
+
+    #: How QEMU does I/O on a disk that is not preallocated.
+    io_mode: str | None = "threads"
 
     def __init__(self, folder: Path, image_type: str, options: dict[str, Any]) -> None:
         self.folder = folder / "instances"
@@ -134,11 +145,105 @@ class Store:
             if "locks" not in path.relative_to(self.folder).parts
         }
 
+    def check_model(self, image: Image) -> None:
+        """Make sure that the image's model leads to the disk."""
+        model = image.get_model(None)
+        assert isinstance(model, LocalFileImage)
+        assert (model.path, model.format) == (image.path, self.format(image))
+
+    def check_source(self, image: Image, disk: LibvirtConfigGuestDisk) -> None:
+        """Make sure that a description leads to the disk."""
+        assert (disk.source_type, disk.source_path) == ("file", image.path)
+
+    def fence(self) -> None:
+        """Make the storage notice at once that a process was killed."""
+
     @staticmethod
     def run(*command: object) -> str:
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
+
+
+class RbdStore(Store):
+    """A backend on an empty pool of a real Ceph cluster."""
+
+    io_mode = None
+
+    def __init__(self, folder: Path, options: dict[str, Any], cluster: Cluster, pool: str) -> None:
+        self.cluster = cluster
+        self.pool = pool
+        where = {"libvirt.images_rbd_ceph_conf": str(cluster.configuration), "libvirt.images_rbd_pool": pool}
+        super().__init__(folder, "rbd", {**options, **where, "libvirt.rbd_destroy_volume_retries": 0})
+
+    def snapshot_content(self, image: Image, name: str) -> bytes:
+        target = self.sources / f"content{next(self._disks)}"
+        source = image.path.replace(":conf=", f"@{name}:conf=")
+        self.run("qemu-img", "convert", "-f", "raw", "-O", "raw", source, target)
+        return target.read_bytes()
+
+    def check(self, image: Image) -> None:
+        assert image.get_disk_size(image.path) % 512 == 0
+
+    def check_model(self, image: Image) -> None:
+        model = image.get_model(None)
+        assert isinstance(model, RBDImage)
+        assert (f"rbd:{model.pool}/{model.name}", model.format) == (image.path.partition(":conf=")[0], "raw")
+        assert model.servers
+
+    def check_source(self, image: Image, disk: LibvirtConfigGuestDisk) -> None:
+        monitors = ceph.Pool(self._settings(), self.pool).monitors()
+        assert (disk.source_type, disk.source_protocol, disk.source_path) == ("network", "rbd", None)
+        assert image.path.startswith(f"rbd:{disk.source_name}:")
+        assert tuple(zip(disk.source_hosts, disk.source_ports, strict=True)) == monitors
+
+    def files(self) -> set[str]:
+        """Return what is in the folder and in the pool: images, snapshots, the trash, intents."""
+        found = super().files()
+        with self._context() as context:
+            for name in rbd.RBD().list(context):
+                with rbd.Image(context, name, read_only=True) as image:
+                    found |= {f"{name}@{each['name']}" for each in image.list_snaps()}
+                found.add("zombie" if name.startswith("zombie:") else name)
+            found |= {f"trash {each['name']}" for each in rbd.RBD().trash_list(context)}
+        intents = ceph.Pool(self._settings(), self.pool).intents()
+        return found | {f"intent {each}" for each in intents}
+
+    def fence(self) -> None:
+        """Have the cluster cut off every client that has an image open: what it does itself after half a minute."""
+        with self._context() as context, self.cluster.connect() as connection:
+            for name in rbd.RBD().list(context):
+                with rbd.Image(context, name, read_only=True) as image:
+                    for watcher in list(image.watchers_list()):
+                        connection.blocklist_add(watcher["addr"], 3600)
+
+    def empty(self) -> None:
+        """Remove everything from the pool."""
+        with self._context() as context:
+            for name in sorted(rbd.RBD().list(context), key=lambda name: name.startswith(("template:", "zombie:"))):
+                with rbd.Image(context, name) as image:
+                    for snapshot in [each["name"] for each in image.list_snaps()]:
+                        if image.is_protected_snap(snapshot):
+                            image.unprotect_snap(snapshot)
+                        image.remove_snap(snapshot)
+                rbd.RBD().remove(context, name)
+
+    def _settings(self) -> ceph.Settings:
+        return ceph.Settings(str(self.cluster.configuration), None, 5, 60, "auto")
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[Any]:
+        with self.cluster.connect() as connection, connection.open_ioctx(self.pool) as context:
+            yield context
+
+
+def open_store(name: str, request: pytest.FixtureRequest) -> Store:
+    """Return the store of that name in :data:`STORES`, empty."""
+    image_type, fixture, options = STORES[name]
+    folder = request.getfixturevalue(fixture)
+    if image_type == "rbd":
+        return RbdStore(folder, options, request.getfixturevalue("ceph"), request.getfixturevalue("rbd_pool"))
+    return Store(folder, image_type, options)
 
 
 def _write_sparse(path: Path, content: bytes) -> None:
@@ -154,7 +259,6 @@ def _write_sparse(path: Path, content: bytes) -> None:
 @pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest) -> Iterator[Store]:
     """Each backend on each kind of storage."""
-    image_type, fixture, options = STORES[request.param]
-    folder = request.getfixturevalue(fixture)
-    yield Store(folder, image_type, options)
-    shutil.rmtree(folder)  # the file systems are small, and all tests share them
+    opened = open_store(request.param, request)
+    yield opened
+    shutil.rmtree(opened.folder.parent)  # the file systems are small, and all tests share them

@@ -18,9 +18,9 @@ import pytest
 
 from imagebackend import exceptions, faults
 from imagebackend.images.qcow2 import Qcow2
-from tests.contract.conftest import MIB, STORES, Store
+from tests.contract.conftest import MIB, STORES, RbdStore, Store, open_store
 
-SWEPT = ("raw-ext4", "raw-xfs", "raw-of-qcow2", "qcow2", "qcow2-options", "qcow2-on-qcow2")
+SWEPT = ("raw-ext4", "raw-xfs", "raw-of-qcow2", "qcow2", "qcow2-options", "qcow2-on-qcow2", "rbd-v1", "rbd-v2")
 
 
 def fetch_qcow2(store: Store) -> Callable[..., None]:
@@ -207,7 +207,7 @@ def again(operation: Operation, store: Store) -> None:
 def test_killed_after_any_step_nothing_is_half_made_or_lost(
     name: str, operation: str, request: pytest.FixtureRequest
 ) -> None:
-    image_type, fixture, options = STORES[name]
+    image_type, fixture, _ = STORES[name]
     chosen = OPERATIONS[operation]
     if chosen.only not in ("", image_type):
         return
@@ -216,7 +216,9 @@ def test_killed_after_any_step_nothing_is_half_made_or_lost(
     def fresh() -> Store:
         shutil.rmtree(folder)
         folder.mkdir()
-        store = Store(folder, image_type, options)
+        store = open_store(name, request)
+        if isinstance(store, RbdStore):
+            store.empty()
         store.conf.set_override("lock_timeout", 5.0)
         chosen.before(store)
         return store
@@ -229,6 +231,7 @@ def test_killed_after_any_step_nothing_is_half_made_or_lost(
     for number, step in enumerate(steps):
         store = fresh()
         assert run(number, lambda store=store: chosen.act(store)) == -signal.SIGKILL, step
+        store.fence()
         check_left(before, after, state_of(store), step)
         again(chosen, store)
         assert state_of(store) == after, f"repeated after {step}"

@@ -38,6 +38,13 @@ NOVA: list[tuple[str, str, str, Any, tuple[str, ...] | None]] = [
     ("libvirt", "images_cpu_time_limit", "IntOpt", 30, None),
     ("libvirt", "images_address_space_limit", "IntOpt", 2, None),  # gibibytes
     ("image_cache", "subdirectory_name", "StrOpt", "_base", None),
+    ("libvirt", "images_rbd_pool", "StrOpt", "rbd", None),
+    ("libvirt", "images_rbd_ceph_conf", "StrOpt", "", None),
+    ("libvirt", "rbd_user", "StrOpt", None, None),
+    ("libvirt", "rbd_secret_uuid", "StrOpt", None, None),
+    ("libvirt", "rbd_connect_timeout", "IntOpt", 5, None),
+    ("libvirt", "rbd_destroy_volume_retries", "IntOpt", 12, None),
+    ("libvirt", "rbd_destroy_volume_retry_interval", "IntOpt", 5, None),
 ]
 #: Those that Nova does not have, or has with another meaning for a good reason.
 OWN = {
@@ -54,6 +61,14 @@ OWN = {
     ("image_cache", "fetch_timeout"),
     ("image_cache", "fetch_retries"),
     ("image_cache", "max_virtual_size"),
+    ("libvirt", "images_rbd_clone_format"),
+    ("libvirt", "images_rbd_data_pool"),
+    ("libvirt", "images_rbd_features"),
+    ("libvirt", "images_rbd_max_clone_depth"),
+    ("libvirt", "images_rbd_namespace"),
+    ("libvirt", "images_rbd_object_size"),
+    ("libvirt", "images_rbd_trash_delay"),
+    ("libvirt", "rbd_operation_timeout"),
 }
 
 NOVA_CONF = """
@@ -157,7 +172,8 @@ def test_a_nova_conf_means_what_it_meant(tmp_path):
     assert (libvirt.virt_type, libvirt.images_type, libvirt.hw_disk_discard) == ("qemu", "rbd", "unmap")
     assert libvirt.disk_cachemodes == ["file=directsync", "network=writeback"]
     assert libvirt.images_address_space_limit == 4
-    assert not hasattr(libvirt, "images_rbd_pool")
+    assert libvirt.images_rbd_pool == "vms"
+    assert not hasattr(libvirt, "num_pcie_ports")
 
 
 def test_a_later_file_overrides_and_folders_come_after_files_in_sorted_order(tmp_path):

@@ -64,6 +64,11 @@ ERRORS: list[tuple[type[Exception], tuple[Any, ...], dict[str, Any]]] = [
     (exceptions.TimedOut, ("w", 1.5), {"what": "w", "seconds": 1.5}),
     (exceptions.LockTimeout, ("/p", 2), {"name": "/p", "seconds": 2, "reason": "locked"}),
     (
+        exceptions.StorageTimeout,
+        ("/p", 2),
+        {"path": "/p", "seconds": 2, "reason": "no answer", "errno": errno.ETIMEDOUT},
+    ),
+    (
         exceptions.ToolTimeout,
         (["t"], 3, "said"),
         {"command": ["t"], "seconds": 3, "exit_code": None, "stderr": "said"},
@@ -144,6 +149,7 @@ sys.stdout.buffer.write(pickle.dumps(exceptions.ToolTimeout(["qemu-img", "conver
         (exceptions.InvalidName, ValueError),
         (exceptions.InvalidSize, ValueError),
         (exceptions.LockTimeout, exceptions.Busy),
+        (exceptions.StorageTimeout, exceptions.StorageError),
         (exceptions.ToolTimeout, exceptions.ToolFailed),
         (exceptions.FetchTimeout, exceptions.FetchFailed),
     ],

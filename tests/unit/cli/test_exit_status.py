@@ -37,6 +37,7 @@ EXPECTED = {
     "PermissionDenied": 1,
     "SnapshotExists": 4,
     "SnapshotNotFound": 3,
+    "StorageTimeout": 8,
     "StorageError": 1,
     "TemplateExists": 4,
     "TemplateInUse": 5,

@@ -1,0 +1,499 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks in a Ceph cluster, cloned from templates that live there."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from oslo_config import cfg
+
+from imagebackend import exceptions, faults, names
+from imagebackend.images import disk_file, rbd_disk, rbd_encryption, rbd_exchange, rbd_location, rbd_options, transfer
+from imagebackend.images.base import Capabilities, Image, Progress, Snapshot
+from imagebackend.images.model import RBDImage
+from imagebackend.images.rbd_encryption import Encryption
+from imagebackend.images.rbd_template import RbdTemplate, RbdTemplates
+from imagebackend.storage import ceph, publish, qemu_img, rbd_data
+from imagebackend.templates import inspection
+from imagebackend.templates.cache import FetchFunction
+from imagebackend.templates.leases import Owner
+
+if TYPE_CHECKING:
+    from imagebackend.guest import LibvirtConfigGuestDisk
+
+__all__ = ["Encryption", "Rbd", "Usage"]
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a disk takes.
+
+    :ivar provisioned: its virtual size in bytes.
+    :ivar used: the bytes of storage that its own data take, to whole objects.
+    """
+
+    provisioned: int
+    used: int
+
+
+class Rbd(Image):
+    """A disk in a Ceph pool: a clone of its template, which is in the pool too."""
+
+    source_type: ClassVar[str] = "network"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Set this before an encrypted disk is made, filled or read. A disk that is encrypted shows its content, and
+        #: has its size, without the header of LUKS; libvirt is told of the secret.
+        self.encryption: Encryption | None = None
+        pool, namespace, name = rbd_location.parse_path(self.path)
+        self.pool = ceph.Pool(rbd_options.settings(self.conf), pool, namespace)
+        self._layout = rbd_options.layout(self.conf)
+        self._disk = self._disk_called(self.instance, self.disk_name, name)
+        self._store = RbdTemplates(self.conf, self.pool, self._layout)
+
+    def _default_path(self) -> str:
+        name = rbd_location.image_name(self.instance, self.disk_name)
+        return rbd_location.format_path(rbd_options.pool(self.conf), name)
+
+    @classmethod
+    def names_of_path(cls, path: str) -> tuple[str, str]:
+        found = rbd_location.disk_names(rbd_location.parse_path(path)[2])
+        assert found is not None
+        return found
+
+    @classmethod
+    def stored(cls, conf: cfg.ConfigOpts) -> Iterator[tuple[str, str]]:
+        pool = rbd_options.pool(conf)
+        # A disk that is just being replaced is there, though no image has its name.
+        for image in {*pool.images(), *pool.intents()}:
+            found = rbd_location.disk_names(image)
+            if found is not None:
+                yield found
+
+    @classmethod
+    def sweep(cls, conf: cfg.ConfigOpts) -> list[str]:
+        """Finish or undo what killed processes left in the pool, without waiting for a call that needs it.
+
+        :returns: the names of the images that were worked on.
+        """
+        pool = rbd_options.pool(conf)
+        swept = []
+        for name in pool.intents():
+            found = rbd_location.disk_names(name)
+            if found is not None:
+                owner = Owner(*found, conf.host, rbd_location.format_path(pool, name))
+                disk = rbd_disk.RbdDisk(conf, pool, name, owner)
+                with disk.lock():
+                    if disk.is_left():
+                        disk.settle()
+                        swept.append(name)
+        return swept + RbdTemplates(conf, pool, rbd_options.layout(conf)).sweep()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(snapshots=True, clone=True, flatten=True, direct_snapshot=True, resize_running=True)
+
+    def exists(self) -> bool:
+        return self._disk.exists()
+
+    def create_image(
+        self, prepare_template: FetchFunction, base: str, size: int | None, *args: Any, **kwargs: Any
+    ) -> None:
+        name = self.templates.name_of(base)
+        if size is not None:
+            names.check_size(size)
+        with self._disk.lock():
+            self._disk.settle()
+            if self._disk.exists():
+                return
+            if self.encryption is not None:
+                self._copy_cached(prepare_template, name, size, *args, **kwargs)
+                return
+            template = self._find_stored(name)
+            if template is not None:
+                self._clone_stored(template, size)
+            else:
+                self._clone_cached(prepare_template, name, size, *args, **kwargs)
+        LOG.info("disk %s made from template %s", self.path, name)
+
+    def create_from_func(self, func: Callable[[str], object], size: int) -> None:
+        names.check_size(size)
+        with self._disk.lock():
+            self._disk.settle()
+            if self._disk.exists():
+                return
+            with self._scratch(self._disk.scratch, size) as (descriptor, path):
+                func(path)
+                transfer.check_filled(path, size)
+                self._fill(self._disk, descriptor)
+        LOG.info("disk %s made: %d bytes", self.path, size)
+
+    def resize_image(self, size: int, domain: Any = None) -> None:
+        names.check_size(size)
+        with self._disk.lock():
+            self._settle()
+            current = self.get_disk_size(self.path)
+            if transfer.is_grown(self.path, current, size):
+                return
+            header = self._disk.header_size()
+            if domain is not None and domain.isActive():
+                if header:
+                    raise exceptions.Unsupported("growing a running encrypted disk", "librbd would cut off its end")
+                transfer.resize_running(domain, self._target_device(domain), size)
+            else:
+                self._disk.refuse_in_use()
+                with self.pool.open(self._disk.name) as image:
+                    image.resize(size + header)
+                faults.point("disk.resize.changed")
+        LOG.info("disk %s grown from %d to %d bytes", self.path, current, size)
+
+    def get_disk_size(self, name: str) -> int:
+        with self.pool.open(self._disk.name, read_only=True) as image:
+            return int(image.size() - self._disk.header_size())
+
+    def create_snap(self, name: str) -> None:
+        names.check_name("snapshot", name)
+        with self._disk.lock():
+            self._settle()
+            self._disk.refuse_in_use()
+            self._disk.create_snapshot(name)
+
+    def remove_snap(self, name: str, ignore_errors: bool = False) -> None:
+        names.check_name("snapshot", name)
+        try:
+            with self._disk.lock():
+                self._settle()
+                rbd_disk.remove_snapshot(self.pool, self._disk.name, name)
+        except exceptions.ImageBackendError as error:
+            if not ignore_errors:
+                raise
+            LOG.warning("snapshot %s of %s may still be there: %s", name, self.path, error)
+
+    def rollback_to_snap(self, name: str) -> None:
+        names.check_name("snapshot", name)
+        with self._disk.lock():
+            self._settle()
+            if name not in [snapshot.name for snapshot in self.list_snaps()]:
+                raise exceptions.SnapshotNotFound(name, f"disk {self.path} has no such snapshot")
+            self._disk.refuse_in_use()
+            self._disk.roll_back(name)
+        LOG.info("disk %s rolled back to snapshot %s", self.path, name)
+
+    def list_snaps(self) -> list[Snapshot]:
+        with self.pool.open(self._disk.name, read_only=True) as image:
+            found, header = [], self._disk.header_size()
+            for each in sorted(image.list_snaps(), key=lambda snapshot: snapshot["id"]):
+                # Not those that librbd keeps for clones, nor one that lives for as long as a direct snapshot takes.
+                if each["namespace"] or ":" in each["name"]:
+                    continue
+                created = image.get_snap_timestamp(each["id"]).replace(tzinfo=datetime.UTC)
+                found.append(Snapshot(each["name"], created.isoformat(timespec="seconds"), each["size"] - header))
+            return found
+
+    def flatten(self, *, progress: Progress | None = None) -> None:
+        with self._disk.lock():
+            self._settle()
+            parent = rbd_disk.parent_of(self.pool, self._disk.name)
+            if parent is not None:
+                with self.pool.open(self._disk.name) as image:
+                    rbd_data.flatten(image, progress)
+                faults.point("disk.flatten.changed")
+                rbd_disk.bury_zombie(self.pool, *parent)
+            self.templates.release_all(self._disk.owner)
+        LOG.info("disk %s holds all its data itself", self.path)
+
+    def snapshot_extract(
+        self, target: str, out_format: str | None = None, *, progress: Progress | None = None
+    ) -> None:
+        target, out_format = transfer.extract_target(self.conf, target, out_format, "raw")
+        with self._disk.lock():
+            self._settle()
+            self._disk.refuse_in_use()
+            with publish.new_file(target, durable=self.conf.durable_writes, replace=True) as (descriptor, partial):
+                if out_format == "raw":
+                    self._read(descriptor, progress)
+                    return
+                with self._scratch(self._disk.scratch) as (scratch, path):
+                    self._read(scratch, progress)
+                    compress = out_format == "qcow2" and self.conf.libvirt.snapshot_compression
+                    limits = disk_file.tool_options(self.conf)
+                    qemu_img.convert(path, "raw", partial, out_format, compress=compress, progress=progress, **limits)
+                    qemu_img.compare(path, "raw", partial, out_format, **limits)
+
+    def import_file(self, instance: Any, local_file: str, remote_name: str) -> None:
+        local_file = os.path.abspath(local_file)
+        owner = names.instance_id(instance)
+        disk = self._disk_called(owner, names.check_name("disk", remote_name))
+        with disk.lock(), transfer.open_file(local_file) as source:
+            disk.settle()
+            if disk.exists():
+                disk.refuse_in_use()
+            verdict = inspection.inspect(source, local_file)
+            if verdict.format == "raw":
+                self._fill(disk, source)
+            else:
+                with self._scratch(disk.scratch) as (scratch, path):
+                    limits = disk_file.tool_options(self.conf)
+                    qemu_img.convert(local_file, verdict.format, path, "raw", **limits)
+                    qemu_img.compare(local_file, verdict.format, path, "raw", **limits)
+                    self._fill(disk, scratch)
+            self.templates.release_all(disk.owner)
+
+    def clone(self, context: Any, image_id_or_uri: str | Sequence[str]) -> None:
+        """Make the disk from a snapshot of an image in the same cluster; do nothing if the disk exists.
+
+        :param context: ignored.
+        :param image_id_or_uri: ``rbd://fsid/pool/image/snapshot``, or several, of which the first that can be cloned
+            is.
+        :raises ImageUnacceptable: none of them can; says why for each.
+        """
+        locations = [image_id_or_uri] if isinstance(image_id_or_uri, str) else list(image_id_or_uri)
+        reasons = []
+        if self.encryption is not None:
+            raise exceptions.ImageUnacceptable(", ".join(locations), "an encrypted disk is made with cache()")
+        with self._disk.lock():
+            self._disk.settle()
+            if self._disk.exists():
+                return
+            for url in locations:
+                try:
+                    rbd_exchange.clone(self._disk, rbd_location.parse_url(url), self._layout)
+                except (exceptions.ImageUnacceptable, exceptions.NotFound, exceptions.StorageError) as error:
+                    reasons.append(str(error))
+                else:
+                    LOG.info("disk %s cloned from %s", self.path, url)
+                    return
+        raise exceptions.ImageUnacceptable(", ".join(locations), "; ".join(reasons) or "no location was given")
+
+    def direct_snapshot(
+        self, context: Any, snapshot_name: str, image_format: str, image_id: str, base_image_id: str
+    ) -> str:
+        """Make a copy of the disk in the pool that its template or base image is in, and return its URL.
+
+        The disk may be in use: what is copied is what a power cut would have left.
+
+        :param context: ignored.
+        :param snapshot_name: of the disk, as long as this takes.
+        :param image_format: raw.
+        :param image_id: the name that the copy gets.
+        :param base_image_id: ignored: the disk knows its parent.
+        :raises Unsupported: another format.
+        :raises DiskExists: there is an image of that name.
+        """
+        names.check_name("snapshot", snapshot_name)
+        names.check_name("image", image_id)
+        if image_format != "raw":
+            raise exceptions.Unsupported(f"a direct snapshot in {image_format}", "images in a Ceph pool are raw")
+        with self._disk.lock():
+            self._settle()
+            if self._disk.header_size():
+                raise exceptions.Unsupported("a direct snapshot of an encrypted disk", "nobody could read the image")
+            location = rbd_exchange.copy(self._disk, snapshot_name, image_id, self._layout)
+        LOG.info("disk %s copied to %s", self.path, location)
+        return str(location)
+
+    def cleanup_direct_snapshot(
+        self, location: str | None, also_destroy_volume: bool = False, ignore_errors: bool = False
+    ) -> None:
+        """Remove the snapshot that an image service refers to, and the image with it if asked.
+
+        :param location: what :meth:`direct_snapshot` returned; None: nothing is done.
+        :param also_destroy_volume: remove the image too.
+        :param ignore_errors: only log what goes wrong.
+        """
+        if location is None:
+            return
+        try:
+            rbd_exchange.remove(self.pool, rbd_location.parse_url(location), also_destroy_volume)
+        except exceptions.ImageBackendError as error:
+            if not ignore_errors:
+                raise
+            LOG.warning("%s may still be there: %s", location, error)
+
+    def get_model(self, connection: Any) -> RBDImage:
+        user, secret = self._auth()
+        password = None
+        if secret is not None and connection is not None:
+            password = base64.b64encode(connection.secretLookupByUUIDString(secret).value()).decode()
+        servers = tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.pool.monitors())
+        name = f"{self.pool.namespace}/{self._disk.name}" if self.pool.namespace else self._disk.name
+        return RBDImage(name, self.pool.name, user, password, servers)
+
+    def resolve_driver_format(self) -> str:
+        return "raw"
+
+    def remove(self) -> None:
+        with self._disk.lock():
+            self._disk.remove()
+            self.templates.release_all(self._disk.owner)
+
+    def usage(self) -> Usage:
+        """Return what the disk takes; quick with the image features object-map and fast-diff.
+
+        :raises DiskNotFound: there is no such disk.
+        """
+        with self.pool.open(self._disk.name, read_only=True) as image:
+            return Usage(image.size() - self._disk.header_size(), rbd_data.allocated(image))
+
+    @staticmethod
+    def is_shared_block_storage() -> bool:
+        return True
+
+    def _describe_source(self, disk: LibvirtConfigGuestDisk) -> None:
+        user, secret = self._auth()
+        if not self._disk.is_settled():
+            with self._disk.lock():
+                self._disk.settle()
+        self._disk.require()
+        disk.source_protocol = "rbd"
+        disk.source_name = self._disk.spec
+        disk.driver_format = "raw"
+        for host, port in self.pool.monitors():
+            disk.source_hosts.append(host)
+            disk.source_ports.append(port)
+        rbd_encryption.describe(disk, self._disk.record().get("encryption"))
+        disk.source_config_file = self.pool.settings.conf_file or None
+        if user is not None:
+            disk.auth_username = user
+            disk.auth_secret_type = "ceph"  # noqa: S105 - not a password but a kind of secret
+            disk.auth_secret_uuid = secret
+
+    def _is_ready(self) -> bool:
+        return self._disk.exists() and self._disk.is_settled()
+
+    def _settle(self) -> None:
+        """Finish, or undo, a change that was cut short; the caller holds the lock."""
+        self._disk.settle()
+        self._disk.require()
+
+    def _auth(self) -> tuple[str | None, str | None]:
+        user, secret = self.conf.libvirt.rbd_user, self.conf.libvirt.rbd_secret_uuid
+        if user and not secret:
+            raise exceptions.InvalidConfiguration(
+                "[libvirt] rbd_secret_uuid",
+                f"guests need it for rbd_user {user!r}: define a secret of libvirt with its key",
+            )
+        return user or None, secret or None
+
+    def _disk_called(self, instance: str, disk_name: str, name: str | None = None) -> rbd_disk.RbdDisk:
+        name = name or rbd_location.image_name(instance, disk_name)
+        owner = Owner(instance, disk_name, self.conf.host, rbd_location.format_path(self.pool, name))
+        return rbd_disk.RbdDisk(self.conf, self.pool, name, owner)
+
+    def _clone_cached(
+        self, prepare_template: FetchFunction, name: str, size: int | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Make the disk from a template of the cache, which is fetched if it is absent, and imported if need be."""
+        if not self.conf.force_raw_images:
+            raise exceptions.InvalidConfiguration(
+                "[DEFAULT] force_raw_images", "disks in Ceph are raw, and so must be their templates; set it to true"
+            )
+        with (
+            self.templates.use(name, prepare_template, *args, size=size, **kwargs) as template,
+            contextlib.ExitStack() as undo,
+        ):
+            self.verify_base_size(template.path, size, template.virtual_size)
+            self.templates.lease(name, self._disk.owner)
+            undo.callback(self._release_quietly, name)
+            faults.point("disk.create.leased")
+            wanted = size or template.virtual_size
+            stored = RbdTemplate(name, template.virtual_size, template.sha256, template.source)
+            self._clone_template(stored, wanted, lambda: self._store.ensure(template, wanted, kwargs.get("progress")))
+            undo.pop_all()
+
+    def _copy_cached(
+        self, prepare_template: FetchFunction, name: str, size: int | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Make the disk, encrypted, from a template of the cache; it depends on nothing."""
+        with (
+            self.templates.use(name, prepare_template, *args, size=size, **kwargs) as template,
+            transfer.open_file(template.path) as source,
+        ):
+            self.verify_base_size(template.path, size, template.virtual_size)
+            if template.format != "raw":
+                raise exceptions.InvalidConfiguration("[DEFAULT] force_raw_images", "disks in Ceph are raw; set it")
+            self._fill(self._disk, source, size or template.virtual_size, kwargs.get("progress"))
+
+    def _find_stored(self, name: str) -> RbdTemplate | None:
+        """Return a template that another host has imported, if this one has not fetched it itself."""
+        with contextlib.suppress(exceptions.TemplateNotFound):
+            self.templates.get(name)
+            return None
+        return self._store.find(name)
+
+    def _clone_stored(self, template: RbdTemplate, size: int | None) -> None:
+        """Make the disk from a template of the pool."""
+        wanted = size or template.virtual_size
+        if wanted < template.virtual_size:
+            raise exceptions.DiskTooSmall(template.name, wanted, template.virtual_size, "the template's virtual size")
+        self._clone_template(template, wanted, lambda: self._store.add_size(template, wanted))
+
+    def _clone_template(self, template: RbdTemplate, size: int, prepare: Callable[[], object]) -> None:
+        """Clone the disk; only if that fails, ``prepare`` the template in the pool, and try again."""
+        snapshot = template.snapshot(size)
+        try:
+            self._disk.clone(self.pool, template.image, snapshot, self._layout)
+            return
+        except exceptions.DiskNotFound:
+            pass
+        except exceptions.StorageError as error:
+            if error.errno != errno.EINVAL:  # format 1, and its maker was killed before it protected the snapshot
+                raise
+        prepare()
+        self._disk.clone(self.pool, template.image, snapshot, self._layout)
+
+    def _fill(self, disk: rbd_disk.RbdDisk, source: int, size: int = 0, progress: Progress | None = None) -> None:
+        if self.encryption is None and disk.exists() and disk.header_size():
+            raise exceptions.InvalidArgument(f"disk {disk.spec} is encrypted: set 'encryption' to replace it")
+        size = -(-max(size, os.fstat(source).st_size) // names.SECTOR) * names.SECTOR
+        with disk.fill(size, self._layout, {"format": "raw"}, self.encryption) as image:
+            rbd_data.write_from(source, image, progress=progress)
+
+    def _read(self, descriptor: int, progress: Progress | None) -> None:
+        with self.pool.open(self._disk.name, read_only=True) as image:
+            if self._disk.header_size():
+                if self.encryption is None:
+                    raise exceptions.InvalidArgument(f"disk {self.path} is encrypted: set its 'encryption' to read it")
+                self.encryption.load(image)
+            rbd_data.read_into(image, descriptor, progress=progress)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _scratch(path: str, size: int = 0) -> Iterator[tuple[int, str]]:
+        """Give an empty file of ``size`` bytes, for content on its way into or out of the pool."""
+        try:
+            descriptor = publish.create(path)
+            try:
+                os.ftruncate(descriptor, size)
+                yield descriptor, path
+            finally:
+                os.close(descriptor)
+                publish.remove_quietly(path)
+        except OSError as error:
+            raise exceptions.storage_error(error, path) from error
+
+    def _release_quietly(self, template: str) -> None:
+        # The error that led here matters more; the next attempt, or removing the disk, drops the lease.
+        with contextlib.suppress(exceptions.ImageBackendError):
+            self.templates.release(template, self._disk.owner)
+
+    def _target_device(self, domain: Any) -> str:
+        """Return the device that a running domain's guest sees the disk as: libvirt resizes network disks by that."""
+        from lxml import etree
+
+        for disk in etree.fromstring(domain.XMLDesc()).iterfind("devices/disk"):
+            source, target = disk.find("source"), disk.find("target")
+            if source is not None and target is not None and source.get("name") == self._disk.spec:
+                return str(target.get("dev"))
+        raise exceptions.DiskNotFound(self._disk.spec, "the domain has no such disk")

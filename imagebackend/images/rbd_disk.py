@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk's image in a pool: its lock, its record, its publication, its repair.
+
+What takes more than one step is put on record in the pool first (an intent), so that whoever finds it half done, on
+whatever host, finishes or undoes it. A disk is there when its image is and no intent says otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from oslo_config import cfg
+
+from imagebackend import exceptions, faults, locks
+from imagebackend.images import rbd_encryption
+from imagebackend.images.rbd_encryption import Encryption
+from imagebackend.storage import ceph, publish
+from imagebackend.templates.leases import Owner
+
+__all__ = ["RECORD", "RbdDisk", "bury", "bury_zombie", "is_zombie", "parent_of", "parse_record", "remove_snapshot"]
+
+LOG = logging.getLogger(__name__)
+
+#: Where in an image's metadata its record is: JSON. Clones get a copy of their template's.
+RECORD = "imagebackend"
+
+_ZOMBIE = "zombie:"
+
+
+class RbdDisk:
+    """A disk's image and everything beside it. Making the object does no I/O.
+
+    :param conf: options of this library.
+    :param pool: where the image is.
+    :param name: its name there.
+    :param owner: the disk that it is.
+    """
+
+    def __init__(self, conf: cfg.ConfigOpts, pool: ceph.Pool, name: str, owner: Owner) -> None:
+        self.conf = conf
+        self.pool = pool
+        self.name = name
+        self.owner = owner
+        self.spec = pool.spec(name)
+        self._partial = f"partial:{name}"
+        self._outgoing = f"outgoing:{name}"
+        #: Where content is put together, on this host, that then becomes the disk.
+        self.scratch = f"{os.path.abspath(conf.instances_path)}/{conf.image_cache.subdirectory_name}/.{name}.scratch"
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock under which the disk is made and changed, on the hosts that share ``instances_path``."""
+        path = f"{os.path.abspath(self.conf.instances_path)}/locks/disk-{self.owner.instance}_{self.owner.disk}"
+        return locks.hold(path, timeout=self.conf.lock_timeout, transient=True)
+
+    def exists(self) -> bool:
+        """Return whether the disk is there, or will be when :meth:`settle` has finished what was begun."""
+        # In this order: whoever makes the image drops the intent when it is whole.
+        found = self.pool.image_id(self.name) is not None
+        operation: str | None = self._intent().get("operation")
+        return operation == "replace" or (found and operation not in ("clone", "remove"))
+
+    def is_settled(self) -> bool:
+        """Return whether no change of the disk was cut short, or is under way."""
+        return not self._intent()
+
+    def require(self) -> None:
+        """Make sure that the disk is there.
+
+        :raises DiskNotFound: it is not.
+        """
+        if not self.exists():
+            raise exceptions.DiskNotFound(self.spec)
+
+    def is_left(self) -> bool:
+        """Return whether this host has begun something with the disk; under the lock: and was killed at it."""
+        return bool(self._intent().get("host") == self.conf.host)
+
+    def settle(self) -> None:
+        """Finish, or undo, what was cut short; the caller holds the lock."""
+        intent = self._intent()
+        match intent.get("operation"):
+            case None:
+                return
+            case "clone":
+                self.pool.remove(self.name)
+            case "fill":
+                self.pool.remove(self._partial)
+                publish.remove_file(self.scratch)
+            case "replace":
+                self._replace()
+                publish.remove_file(self.scratch)
+            case "rollback":
+                with self.pool.open(self.name) as image:
+                    image.rollback_to_snap(intent["snapshot"])
+            case "remove":
+                bury(self.pool, self.name, self.conf.libvirt.images_rbd_trash_delay)
+            case other:
+                raise exceptions.CorruptRecord(self.spec, f"intent {other!r} is not known to this release")
+        self.pool.clear_intent(self.name)
+
+    def record(self) -> dict[str, Any]:
+        """Return what is on record about the disk; nothing for one that another program made.
+
+        :raises DiskNotFound: it is not there.
+        :raises CorruptRecord: it cannot be read.
+        """
+        image_id = self.pool.image_id(self.name)
+        if image_id is None:
+            raise exceptions.DiskNotFound(self.spec)
+        return parse_record(self.spec, self.pool.metadata(image_id, RECORD))
+
+    def header_size(self) -> int:
+        """Return how many bytes of the image are the header of its encryption; 0: it is not encrypted.
+
+        :raises DiskNotFound: it is not there.
+        """
+        size: int = self.record().get("encryption", {}).get("header", 0)
+        return size
+
+    def clone(self, parent: ceph.Pool, image: str, snapshot: str, layout: ceph.Layout) -> None:
+        """Make the disk from a snapshot.
+
+        It gets its own name at once, since renaming an image takes as long as cloning it: the intent says that it is
+        not whole yet.
+
+        :raises DiskNotFound: there is no such snapshot; nothing was made.
+        :raises DiskExists: another host made the disk.
+        """
+        with self._intended("clone"):
+            try:
+                self.pool.clone(parent, image, snapshot, self.name, layout)
+            except exceptions.DiskExists:
+                self.pool.clear_intent(self.name)
+                raise
+            faults.point("disk.create.cloned")
+
+    @contextlib.contextmanager
+    def fill(
+        self, size: int, layout: ceph.Layout, record: dict[str, Any], encryption: Encryption | None = None
+    ) -> Iterator[Any]:
+        """Give a new, open image to fill in the block; at the end of the block it takes the disk's place.
+
+        :param size: bytes, without what encryption adds.
+        """
+        with self._intended("fill"):
+            if encryption is None:
+                self.pool.create(self._partial, size, layout)
+            else:
+                facts = rbd_encryption.create(self.pool, self._partial, size, layout, encryption)
+                record = {**record, "encryption": facts}
+            with self.pool.open(self._partial) as image:
+                if encryption is not None:
+                    encryption.load(image)
+                faults.point("disk.create.opened")
+                yield image
+                image.metadata_set(RECORD, json.dumps({"version": 1, **record}))
+            faults.point("disk.create.filled")
+            if self.pool.image_id(self.name) is None:
+                self.pool.rename(self._partial, self.name)
+                faults.point("disk.create.renamed")
+            else:
+                self._intend("replace")
+                faults.point("disk.import.intended")
+                self._replace()
+
+    def create_snapshot(self, name: str, *, protect: bool = False) -> None:
+        """Make a snapshot, which may then be cloned if it is protected.
+
+        :raises SnapshotExists: the disk has one of that name.
+        """
+        import rbd
+
+        with self.pool.open(self.name) as image:
+            try:
+                image.create_snap(name)
+            except rbd.ImageExists as error:
+                raise exceptions.SnapshotExists(name, f"of disk {self.spec}") from error
+            faults.point("disk.snapshot.changed")
+            if protect:
+                image.protect_snap(name)
+
+    def roll_back(self, snapshot: str) -> None:
+        """Make the disk what it was when the snapshot was made. librbd's way of doing it can be cut short."""
+        self._intend("rollback", snapshot=snapshot)
+        faults.point("disk.rollback.intended")
+        with self.pool.open(self.name) as image:
+            image.rollback_to_snap(snapshot)
+        faults.point("disk.rollback.changed")
+        self.pool.clear_intent(self.name)
+
+    def refuse_in_use(self) -> None:
+        """Make sure that no guest, and no tool, has the disk open for writing.
+
+        :raises DiskInUse: one has.
+        """
+        watchers = self.pool.watchers(self.name)
+        if watchers:
+            clients = ", ".join(watcher.address for watcher in watchers)
+            raise exceptions.DiskInUse(self.spec, f"open at {clients}; stop the guest first")
+
+    def remove(self) -> None:
+        """Remove the disk with its snapshots; do nothing if it is not there.
+
+        The cluster notices late that a guest died, so that a disk that seems to be in use is asked for again.
+
+        :raises DiskInUse: it is, every time.
+        """
+        self.settle()
+        publish.remove_file(self.scratch)
+        if not self.exists():
+            return
+        for left in range(self.conf.libvirt.rbd_destroy_volume_retries, -1, -1):
+            try:
+                self.refuse_in_use()
+                break
+            except exceptions.DiskInUse:
+                if not left:
+                    raise
+            time.sleep(self.conf.libvirt.rbd_destroy_volume_retry_interval)
+        self._intend("remove")
+        faults.point("disk.remove.intended")
+        self.settle()
+
+    @contextlib.contextmanager
+    def _intended(self, operation: str) -> Iterator[None]:
+        """Do something to a disk that is not there yet in the block; undo it if it fails."""
+        self._intend(operation)
+        faults.point(f"disk.create.{operation}_intended")
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._settle_quietly)
+            yield
+            self.pool.clear_intent(self.name)
+            undo.pop_all()
+
+    def _replace(self) -> None:
+        if self.pool.image_id(self._partial) is not None:
+            if self.pool.image_id(self.name) is not None:
+                self.pool.rename(self.name, self._outgoing)
+                faults.point("disk.import.moved")
+            self.pool.rename(self._partial, self.name)
+            faults.point("disk.import.renamed")
+        bury(self.pool, self._outgoing, self.conf.libvirt.images_rbd_trash_delay)
+
+    def _intend(self, operation: str, **facts: str) -> None:
+        intent = {"operation": operation, "host": self.conf.host, **facts}
+        self.pool.set_intent(self.name, json.dumps(intent))
+
+    def _intent(self) -> dict[str, Any]:
+        intent = self.pool.intent(self.name)
+        return {} if intent is None else parse_record(f"{self.spec}: intent", intent)
+
+    def _settle_quietly(self) -> None:
+        # The error that led here matters more; the next call on the disk tries again.
+        try:
+            self.settle()
+        except exceptions.ImageBackendError as error:
+            LOG.warning("what is left of %s is still there: %s", self.spec, error)
+
+
+def parse_record(name: str, text: str | None) -> dict[str, Any]:
+    """Return a record that is a JSON object; an empty one for None.
+
+    :raises CorruptRecord: it is not.
+    """
+    if text is None:
+        return {}
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise exceptions.CorruptRecord(name, f"not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise exceptions.CorruptRecord(name, "not a JSON object")
+    return record
+
+
+def remove_snapshot(pool: ceph.Pool, image_name: str, name: str) -> None:
+    """Remove a snapshot of an image, protected or not.
+
+    :raises SnapshotNotFound: the image has none of that name.
+    :raises DiskInUse: the snapshot has clones.
+    """
+    import rbd
+
+    with pool.open(image_name) as image:
+        try:
+            image.set_snap(name)
+            clones = [f"{each['pool']}/{each['image']}" for each in image.list_children2()]
+            if clones:
+                reason = f"snapshot {name} has clones; flatten or remove them first: {', '.join(clones[:5])}"
+                raise exceptions.DiskInUse(pool.spec(image_name), reason)
+            image.set_snap(None)
+            if image.is_protected_snap(name):
+                image.unprotect_snap(name)
+            image.remove_snap(name)
+        except rbd.ImageNotFound as error:
+            raise exceptions.SnapshotNotFound(name, f"image {pool.spec(image_name)} has no such snapshot") from error
+        faults.point("disk.snapshot_remove.changed")
+
+
+def bury(pool: ceph.Pool, name: str, trash_delay: int | None = None) -> None:
+    """Remove an image with its snapshots; do nothing if it is not there.
+
+    One that has clones only loses its name, and is removed with the last of them.
+
+    :param trash_delay: as for :meth:`imagebackend.storage.ceph.Pool.remove`.
+    :raises DiskInUse: a client has it open.
+    """
+    try:
+        with pool.open(name) as image:
+            parent = _parent(image)
+            has_clones = bool(list(image.list_children2()))
+            if not has_clones and trash_delay is None:
+                for snapshot in [each["name"] for each in image.list_snaps()]:
+                    if image.is_protected_snap(snapshot):
+                        image.unprotect_snap(snapshot)
+                    image.remove_snap(snapshot)
+                    faults.point("disk.remove.snapshot")
+            image_id = image.id()
+    except exceptions.DiskNotFound:
+        return
+    if has_clones:
+        if not is_zombie(name):
+            pool.rename(name, f"{_ZOMBIE}{image_id}")
+            LOG.info("image %s has clones and will be removed with the last of them", pool.spec(name))
+        return
+    pool.remove(name, trash_delay=trash_delay)
+    faults.point("disk.remove.image")
+    if parent is not None:
+        bury_zombie(pool, *parent)
+
+
+def is_zombie(name: str) -> bool:
+    """Return whether an image lost its name because it had clones."""
+    return name.startswith(_ZOMBIE)
+
+
+def bury_zombie(pool: ceph.Pool, parent_pool: str, namespace: str, name: str) -> None:
+    """Remove an image that lost its name because it had clones, if it has none any more.
+
+    Nothing that goes wrong is raised: the clone that led here is gone, and the sweep finds what is left.
+    """
+    if is_zombie(name):
+        try:
+            bury(ceph.Pool(pool.settings, parent_pool, namespace), name)
+        except exceptions.ImageBackendError as error:
+            LOG.warning("image %s without a name is still there: %s", name, error)
+
+
+def _parent(image: Any) -> tuple[str, str, str] | None:
+    """Return pool, namespace and name of an open image's parent."""
+    import rbd
+
+    try:
+        spec = image.get_parent_image_spec()
+    except rbd.ImageNotFound:
+        return None
+    return spec["pool_name"], spec["pool_namespace"], spec["image_name"]
+
+
+def parent_of(pool: ceph.Pool, name: str) -> tuple[str, str, str] | None:
+    """Return pool, namespace and name of an image's parent; None if it holds all its data itself.
+
+    :raises DiskNotFound: there is no such image.
+    """
+    with pool.open(name, read_only=True) as image:
+        return _parent(image)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the options say about disks in Ceph. No I/O."""
+
+from __future__ import annotations
+
+from oslo_config import cfg
+
+from imagebackend import exceptions
+from imagebackend.images import rbd_location
+from imagebackend.storage import ceph
+
+__all__ = ["layout", "pool", "settings"]
+
+
+def settings(conf: cfg.ConfigOpts) -> ceph.Settings:
+    """Return how to reach the cluster."""
+    libvirt = conf.libvirt
+    return ceph.Settings(
+        libvirt.images_rbd_ceph_conf,
+        libvirt.rbd_user or None,
+        libvirt.rbd_connect_timeout,
+        libvirt.rbd_operation_timeout,
+        libvirt.images_rbd_clone_format,
+    )
+
+
+def pool(conf: cfg.ConfigOpts) -> ceph.Pool:
+    """Return the pool that stores disks.
+
+    :raises InvalidConfiguration: no pool can be called that.
+    """
+    name = rbd_location.pool_name("[libvirt] images_rbd_pool", conf.libvirt.images_rbd_pool)
+    namespace: str = conf.libvirt.images_rbd_namespace
+    if namespace:
+        rbd_location.pool_name("[libvirt] images_rbd_namespace", namespace)
+    return ceph.Pool(settings(conf), name, namespace)
+
+
+def layout(conf: cfg.ConfigOpts) -> ceph.Layout:
+    """Return how new disks are laid out.
+
+    :raises InvalidConfiguration: objects cannot have that size.
+    """
+    size = conf.libvirt.images_rbd_object_size
+    if size and (size & (size - 1) or size < 4096):
+        raise exceptions.InvalidConfiguration(
+            "[libvirt] images_rbd_object_size", f"{size} is not a power of two from 4096 on"
+        )
+    return ceph.Layout(tuple(conf.libvirt.images_rbd_features), size, conf.libvirt.images_rbd_data_pool)

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Templates in a pool: imported once for all hosts, cloned for each disk.
+
+A template's image is ``template:<name>``. It is filled as ``partial:template:<name>`` and renamed when it is whole,
+with its record in its metadata. What is cloned are its snapshots, one for each size that disks have asked for: a
+clone has its parent's size from the start, so that making a disk is one call. A snapshot's name begins with the
+template's digest, so that a template that was replaced is noticed by the clone itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from oslo_config import cfg
+
+from imagebackend import exceptions, faults, locks, names
+from imagebackend.images import rbd_disk
+from imagebackend.images.base import Progress
+from imagebackend.storage import ceph, rbd_data
+from imagebackend.templates.cache import Template
+
+__all__ = ["RbdTemplate", "RbdTemplates"]
+
+LOG = logging.getLogger(__name__)
+
+_PREFIX = "template:"
+_DIGEST_SHOWN = 32
+# What librbd needs to lock the image and to know where its data are; clones have the same unless told otherwise.
+_FEATURES = ("layering", "exclusive-lock", "object-map", "fast-diff", "deep-flatten")
+_FIRST_DELAY, _LAST_DELAY = 0.05, 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RbdTemplate:
+    """A template in a pool.
+
+    :ivar name: its name.
+    :ivar virtual_size: in bytes.
+    :ivar sha256: the digest of the image as it was fetched.
+    :ivar source: where it came from, without credentials.
+    """
+
+    name: str
+    virtual_size: int
+    sha256: str
+    source: str
+
+    @property
+    def image(self) -> str:
+        """The name of its image."""
+        return f"{_PREFIX}{self.name}"
+
+    def snapshot(self, size: int) -> str:
+        """Return the name of the snapshot that disks of ``size`` bytes are cloned from."""
+        return f"{self.sha256[:_DIGEST_SHOWN]}.{size}"
+
+
+class RbdTemplates:
+    """The templates in a pool. Making the object does no I/O.
+
+    :param conf: options of this library.
+    :param pool: where they are.
+    :param layout: how their images are laid out.
+    """
+
+    def __init__(self, conf: cfg.ConfigOpts, pool: ceph.Pool, layout: ceph.Layout) -> None:
+        self._conf = conf
+        self._pool = pool
+        self._layout = dataclasses.replace(layout, features=_FEATURES)
+
+    def find(self, name: str) -> RbdTemplate | None:
+        """Return a template that is in the pool, or None: two requests.
+
+        :raises CorruptRecord: its record is damaged.
+        """
+        image = f"{_PREFIX}{names.check_name('template', name)}"
+        image_id = self._pool.image_id(image)
+        if image_id is None:
+            return None
+        spec = self._pool.spec(image)
+        record = rbd_disk.parse_record(spec, self._pool.metadata(image_id, rbd_disk.RECORD))
+        try:
+            return RbdTemplate(name, int(record["virtual_size"]), str(record["sha256"]), str(record["source"]))
+        except (KeyError, ValueError, TypeError) as error:
+            raise exceptions.CorruptRecord(spec, f"not a template's record ({error!r}); remove the image") from error
+
+    def names(self) -> list[str]:
+        """Return the names of the templates in the pool, sorted."""
+        return [image.removeprefix(_PREFIX) for image in self._pool.images() if image.startswith(_PREFIX)]
+
+    def ensure(self, template: Template, size: int, progress: Progress | None = None) -> RbdTemplate:
+        """Return a template of the cache that is in the pool too, with a snapshot for disks of ``size`` bytes.
+
+        It is imported if it is not there: once, however many threads, processes and hosts ask.
+
+        :param template: raw, and not removed meanwhile.
+        :param progress: called with the bytes done and in all while it is imported.
+        :raises LockTimeout: another host was at it for longer than ``[DEFAULT] lock_timeout``.
+        """
+        with self._lock(template.name):
+            found = self.find(template.name)
+            if found is not None and found.sha256 != template.sha256:
+                LOG.warning("template %s in pool %s has other content; it is replaced", found.name, self._pool.name)
+                rbd_disk.bury(self._pool, found.image)
+                found = None
+            if found is None:
+                self._import(template, progress)
+                found = RbdTemplate(template.name, template.virtual_size, template.sha256, template.source)
+            self._make_snapshot(found, size)
+            return found
+
+    def add_size(self, template: RbdTemplate, size: int) -> None:
+        """Make sure that a template in the pool has a snapshot for disks of ``size`` bytes.
+
+        :raises DiskNotFound: the template is not there any more.
+        """
+        with self._lock(template.name):
+            self._make_snapshot(template, size)
+
+    def remove(self, name: str) -> None:
+        """Remove a template from the pool; if disks are cloned from it, its data go with the last of them.
+
+        :raises TemplateNotFound: it is not there.
+        """
+        with self._lock(name):
+            if self._pool.image_id(f"{_PREFIX}{name}") is None:
+                raise exceptions.TemplateNotFound(name, f"not in pool {self._pool.name}")
+            rbd_disk.bury(self._pool, f"{_PREFIX}{name}")
+        LOG.info("template %s removed from pool %s", name, self._pool.name)
+
+    def sweep(self) -> list[str]:
+        """Remove parts of templates whose import was cut short, and images without a name whose clones are gone.
+
+        :returns: the names of the images that were removed.
+        """
+        for image in (found := self._pool.images()):
+            if image.startswith(f"partial:{_PREFIX}"):
+                # Whoever is still at it has it open.
+                with contextlib.suppress(exceptions.DiskInUse):
+                    self._pool.remove(image)
+            elif rbd_disk.is_zombie(image):
+                rbd_disk.bury(self._pool, image)
+        return sorted(set(found) - set(self._pool.images()))
+
+    def _lock(self, name: str) -> contextlib.AbstractContextManager[None]:
+        # The threads and processes of this host take turns here, and do not ask the cluster again and again.
+        folder = f"{os.path.abspath(self._conf.instances_path)}/locks"
+        path = f"{folder}/rbd-template-{names.check_name('template', name)}"
+        return locks.hold(path, timeout=self._conf.lock_timeout, transient=True)
+
+    def _import(self, template: Template, progress: Progress | None) -> None:
+        """Fill the template's image, or wait for the host that is at it."""
+        image = f"{_PREFIX}{template.name}"
+        partial = f"partial:{image}"
+        record = {"version": 1, **template.as_dict(), "format": "raw"}
+        del record["path"]
+        with self._claim(image, partial, template) as opened:
+            if opened is None:
+                return
+            source = os.open(template.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                rbd_data.write_from(source, opened, progress=progress)
+            finally:
+                os.close(source)
+            faults.point("template.import.filled")
+            opened.metadata_set(rbd_disk.RECORD, json.dumps(record))
+            faults.point("template.import.recorded")
+            self._pool.rename(partial, image)
+            faults.point("template.import.renamed")
+        LOG.info("template %s imported into pool %s: %d bytes", template.name, self._pool.name, template.virtual_size)
+
+    @contextlib.contextmanager
+    def _claim(self, image: str, partial: str, template: Template) -> Iterator[Any]:
+        """Give the template's new image, open and locked; None if another host made the template meanwhile.
+
+        The lock is librbd's exclusive lock: it is renewed by librbd itself, and the cluster breaks it half a minute
+        after its holder died, so that the image of a killed one can then be removed.
+        """
+        waits = self._waits(partial)
+        while self._pool.image_id(image) is None:
+            with contextlib.ExitStack() as undo:
+                try:
+                    self._pool.create(partial, template.virtual_size, self._layout)
+                    opened = undo.enter_context(self._locked(partial))
+                except (exceptions.DiskExists, exceptions.DiskInUse, exceptions.DiskNotFound):
+                    # Another host has it, or had it and was killed: then it can be removed.
+                    with contextlib.suppress(exceptions.DiskInUse):
+                        self._pool.remove(partial)
+                        continue
+                else:
+                    faults.point("template.import.locked")
+                    with contextlib.ExitStack() as discard:
+                        discard.callback(self._discard, undo, partial)
+                        # The host that had the temporary name before may have made the template.
+                        if self._pool.image_id(image) is None:
+                            yield opened
+                            discard.pop_all()
+                            return
+            next(waits)
+        yield None
+
+    def _waits(self, image: str) -> Iterator[None]:
+        """Wait a little each time that the next item is asked for.
+
+        :raises LockTimeout: another host has had the image for too long.
+        """
+        deadline = time.monotonic() + self._conf.lock_timeout
+        delay = _FIRST_DELAY
+        while time.monotonic() < deadline:
+            time.sleep(delay)
+            delay = min(delay * 2, _LAST_DELAY)
+            yield
+        raise exceptions.LockTimeout(self._pool.spec(image), self._conf.lock_timeout)
+
+    @contextlib.contextmanager
+    def _locked(self, image: str) -> Iterator[Any]:
+        """Give an open image that no other client can write to or remove."""
+        import rbd
+
+        with self._pool.open(image) as opened:
+            opened.lock_acquire(rbd.RBD_LOCK_MODE_EXCLUSIVE)
+            yield opened
+
+    def _discard(self, opened: contextlib.ExitStack, partial: str) -> None:
+        # The error that led here matters more; the next import removes it.
+        try:
+            opened.close()
+            self._pool.remove(partial)
+        except exceptions.ImageBackendError as error:
+            LOG.warning("a part of a template is left in %s: %s", self._pool.spec(partial), error)
+
+    def _make_snapshot(self, template: RbdTemplate, size: int) -> None:
+        waits = self._waits(template.image)
+        while True:
+            try:
+                self._add_snapshot(template, size)
+                return
+            except exceptions.DiskInUse:
+                # Another host has just imported it, or is making a snapshot of another size.
+                next(waits)
+
+    def _add_snapshot(self, template: RbdTemplate, size: int) -> None:
+        name = template.snapshot(size)
+        with self._locked(template.image) as image:
+            sizes = {each["name"]: each["size"] for each in image.list_snaps()}
+            if name not in sizes:
+                if size < template.virtual_size:
+                    raise exceptions.DiskTooSmall(
+                        template.name, size, template.virtual_size, "the template's virtual size"
+                    )
+                image.resize(size)
+                image.create_snap(name)
+                faults.point("template.import.snapshot")
+            if not image.is_protected_snap(name):
+                image.protect_snap(name)
+                faults.point("template.import.protected")

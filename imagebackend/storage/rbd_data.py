@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The content of RBD images: streamed in and out in big pieces, many at a time, holes left out.
+
+The images are open ``rbd.Image`` objects of :meth:`imagebackend.storage.ceph.Pool.open`, which translates what is
+raised here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from imagebackend import exceptions
+from imagebackend.storage import reflink, sparse_copy
+
+__all__ = ["Progress", "allocated", "flatten", "read_into", "write_from"]
+
+Progress = Callable[[int, int], None]
+
+# The default size of an object: a piece goes to one object, and so to one OSD.
+_PIECE = 4 << 20
+_DEPTH = 16
+
+
+def write_from(source: int, image: Any, *, progress: Progress | None = None) -> None:
+    """Copy a file into an image that reads as zeros, and flush it.
+
+    :param source: descriptor of a regular file no longer than the image; nobody writes to it meanwhile.
+    :param progress: called with the bytes done and in all; holes count.
+    :raises StorageError: the source became shorter.
+    """
+    size = os.fstat(source).st_size
+    _tell(progress, 0, size)
+    with _in_flight() as pieces:
+        for start, length in _pieces(sparse_copy.data_ranges(source, size)):
+            with _file_errors(source):
+                data = os.pread(source, length, start)
+            if len(data) != length:
+                raise exceptions.StorageError(f"descriptor {source}", "became shorter while it was read")
+            pieces.append(image.aio_write(data, start, _ignore))
+            if len(pieces) == _DEPTH:
+                _finish(pieces.popleft())
+                _tell(progress, start, size)
+        while pieces:
+            _finish(pieces.popleft())
+    image.flush()
+    _tell(progress, size, size)
+
+
+def read_into(image: Any, target: int, *, progress: Progress | None = None) -> None:
+    """Copy an image into an empty file, which gets its size and its holes.
+
+    :param target: descriptor of a regular file, open for writing.
+    :param progress: called with the bytes done and in all; holes count.
+    :raises InsufficientSpace, StorageError: as the operating system says of the file.
+    """
+    size = image.size()
+    _tell(progress, 0, size)
+    with _file_errors(target):
+        os.ftruncate(target, size)
+    found: list[tuple[int, int]] = []
+
+    def note(start: int, length: int, exists: bool) -> None:
+        if exists:
+            found.append((start, start + length))
+
+    image.diff_iterate(0, size, None, note)
+    with _in_flight() as pieces:
+        arrived: dict[int, bytes] = {}
+        for start, length in _pieces(found):
+            pieces.append(image.aio_read(start, length, _keep(arrived, start)))
+            if len(pieces) == _DEPTH:
+                _finish(pieces.popleft())
+                _store(arrived, target)
+                _tell(progress, start, size)
+        while pieces:
+            _finish(pieces.popleft())
+        _store(arrived, target)
+    _tell(progress, size, size)
+
+
+def flatten(image: Any, progress: Progress | None = None) -> None:
+    """Copy into an image all that it has from its parent, and cut the tie.
+
+    :param progress: called with the objects done and in all.
+    """
+
+    def report(done: int, total: int) -> int:
+        _tell(progress, done, total)
+        return 0
+
+    image.flatten(on_progress=report)
+
+
+def allocated(image: Any) -> int:
+    """Return how many bytes of storage an image's own data take, to whole objects; its parent's are not counted."""
+    total = 0
+
+    def count(start: int, length: int, exists: bool) -> None:
+        nonlocal total
+        if exists:
+            total += length
+
+    # By whole objects: the object map answers then, and no object is read.
+    image.diff_iterate(0, image.size(), None, count, include_parent=False, whole_object=True)
+    return total
+
+
+def _pieces(ranges: Any) -> Iterator[tuple[int, int]]:
+    for start, end in ranges:
+        while start < end:
+            stop = min(end, start - start % _PIECE + _PIECE)
+            yield start, stop - start
+            start = stop  # noqa: PLW2901 - the rest of the range
+
+
+@contextlib.contextmanager
+def _in_flight() -> Iterator[deque[Any]]:
+    """Give a queue of requests that is empty again when the block is left, however that happens."""
+    pieces: deque[Any] = deque()
+    try:
+        yield pieces
+    finally:
+        for piece in pieces:
+            piece.wait_for_complete_and_cb()
+
+
+def _finish(piece: Any) -> None:
+    piece.wait_for_complete_and_cb()
+    result = piece.get_return_value()
+    if result < 0:
+        import rbd
+
+        raise rbd.OSError("request to an OSD failed", errno=-result)
+
+
+def _ignore(completion: Any) -> None:
+    pass
+
+
+def _keep(arrived: dict[int, bytes], start: int) -> Callable[[Any, bytes | None], None]:
+    def keep(completion: Any, data: bytes | None) -> None:
+        if data is not None:
+            arrived[start] = data
+
+    return keep
+
+
+def _store(arrived: dict[int, bytes], target: int) -> None:
+    with _file_errors(target):
+        _write(arrived, target)
+
+
+@contextlib.contextmanager
+def _file_errors(descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise exceptions.storage_error(error, reflink.file_path(descriptor)) from error
+
+
+def _write(arrived: dict[int, bytes], target: int) -> None:
+    for start in list(arrived):
+        data = memoryview(arrived.pop(start))
+        while data:
+            written = os.pwrite(target, data, start)
+            data, start = data[written:], start + written  # noqa: PLW2901 - the rest of the piece
+
+
+def _tell(progress: Progress | None, done: int, size: int) -> None:
+    if progress is not None:
+        progress(done, size)
