@@ -48,7 +48,8 @@ def disk_qos(disk: LibvirtConfigGuestDisk, extra_specs: Mapping[str, object]) ->
             group_name = str(value)
         else:
             LOG.warning("%s is not a limit that libvirt has; it is ignored", key)
-    iotune.check(numbers, _PREFIX)
+    if numbers:
+        iotune.check(numbers, _PREFIX)
     for name, number in numbers.items():
         setattr(disk, f"disk_{name}", number or None)
     if group_name is not None:

@@ -85,6 +85,14 @@ class DiskFile:
             raise exceptions.StorageError(self.path, "not a regular file; move it away")
         return True
 
+    def identity(self) -> tuple[int, ...] | None:
+        """Return what changes if the disk's file or its record does; None if one of them is not there."""
+        try:
+            disk, record = os.stat(self.path, follow_symlinks=False), os.stat(f"{self.folder}/disk.info")
+        except OSError:
+            return None
+        return (disk.st_ino, disk.st_mtime_ns, disk.st_ctime_ns, disk.st_size, record.st_ino, record.st_mtime_ns)
+
     def require(self) -> None:
         """Make sure that the disk is there and sound.
 

@@ -49,6 +49,8 @@ class FileImage(Image):
         if path not in (None, self._file.path):
             raise exceptions.InvalidName("disk", path, f"the disk of that instance and name is {self._file.path}")
         super().__init__(conf, templates, instance, disk_name, self._file.path)
+        # What disk and record were when they were last looked at, and the format that was found.
+        self._looked_at: tuple[tuple[int, ...] | None, str] = (None, "")
 
     def _default_path(self) -> str:
         return self._file.path
@@ -214,14 +216,18 @@ class FileImage(Image):
         return True
 
     def _describe_source(self, disk: LibvirtConfigGuestDisk) -> None:
-        if not self._file.is_settled():
-            with self._file.lock():
-                self._settle()
-        self._file.require()
-        stored = self._stored()
-        stored.check()
+        settled = self._file.is_settled()
+        identity = self._file.identity()
+        if not settled or identity is None or self._looked_at[0] != identity:
+            if not settled:
+                with self._file.lock():
+                    self._settle()
+            self._file.require()
+            stored = self._stored()
+            stored.check()
+            self._looked_at = (identity, stored.disk_format)
         disk.source_path = self.path
-        disk.driver_format = stored.disk_format
+        disk.driver_format = self._looked_at[1]
 
     def _is_ready(self) -> bool:
         return self._file.exists() and self._file.is_settled()

@@ -78,6 +78,7 @@ def test_guest_boots_again_after_its_disk_was_rolled_back(
     assert digest(tmp_path / "written") != digest(guest.disk)
     assert digest(tmp_path / "rolled-back") == digest(guest.disk)
 
+    image.remove_snap("untouched")
     image.flatten()
     backend.templates.remove("template")
     assert start_guest(disk).wait_for(ROOT_SAYS) == "/dev/vda1 ext4"
