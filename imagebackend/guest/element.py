@@ -39,6 +39,7 @@ __all__ = [
 NEWEST = sys.maxsize
 
 _MAX_DOCUMENT = 1 << 20
+_MAX_WRITTEN = 1024
 # What is its own representation, in an attribute as in text. The rest takes the slow path.
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@+,=~ -]+\Z")
 # The complement of Char in XML 1.0 (https://www.w3.org/TR/xml/#charsets).
@@ -95,12 +96,30 @@ class Element:
         self._nothing = (None,) * (len(names) + 1)
         # What the loops below need, so that they look nothing up.
         self._steps = [(each.kind.write, each.attribute, each.name, each) for each in properties]
+        # Most disks of a host have the same driver, device and target: what was checked and written before.
+        self._written: dict[tuple[Any, ...], str] = {}
 
     def attributes(self, owner: object, version: int) -> str:
         """Return the XML attributes for what ``owner`` has set, each with a space before it."""
         values = self._values(owner)
         if values == self._nothing:
             return ""
+        if version is not NEWEST:
+            return self._write_attributes(values, version)
+        try:
+            written = self._written.get(values)
+        except TypeError:  # one of them cannot be hashed: no value that could be written
+            written = None
+        if written is None:
+            written = self._write_attributes(values, version)
+            # Strings alone: True would be found where 1 was written.
+            if all(value is None or type(value) is str for value in values):
+                if len(self._written) >= _MAX_WRITTEN:
+                    self._written.clear()
+                self._written[values] = written
+        return written
+
+    def _write_attributes(self, values: tuple[Any, ...], version: int) -> str:
         out = ""
         for value, (write, attribute, name, each) in zip(values, self._steps, strict=False):
             if value is not None:

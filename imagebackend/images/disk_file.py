@@ -88,7 +88,7 @@ class DiskFile:
     def identity(self) -> tuple[int, ...] | None:
         """Return what changes if the disk's file or its record does; None if one of them is not there."""
         try:
-            disk, record = os.stat(self.path, follow_symlinks=False), os.stat(f"{self.folder}/disk.info")
+            disk, record = os.lstat(self.path), os.lstat(f"{self.folder}/disk.info")
         except OSError:
             return None
         return (disk.st_ino, disk.st_mtime_ns, disk.st_ctime_ns, disk.st_size, record.st_ino, record.st_mtime_ns)
@@ -106,7 +106,7 @@ class DiskFile:
 
     def is_settled(self) -> bool:
         """Return whether no change of the disk was cut short or is under way, and none has damaged it."""
-        return not os.path.exists(self._intent)
+        return not os.access(self._intent, os.F_OK)
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock under which the disk is made and changed."""

@@ -33,6 +33,11 @@ __all__ = ["FileImage"]
 
 LOG = logging.getLogger(__name__)
 
+# What disks and their records were when they were last looked at, and the format that was found, by disk and folder of
+# templates: agents make an Image each time that they describe a disk.
+_SEEN: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
+_MAX_SEEN = 4096
+
 
 class FileImage(Image):
     """A disk in a file of its instance's folder."""
@@ -49,8 +54,6 @@ class FileImage(Image):
         if path not in (None, self._file.path):
             raise exceptions.InvalidName("disk", path, f"the disk of that instance and name is {self._file.path}")
         super().__init__(conf, templates, instance, disk_name, self._file.path)
-        # What disk and record were when they were last looked at, and the format that was found.
-        self._looked_at: tuple[tuple[int, ...] | None, str] = (None, "")
 
     def _default_path(self) -> str:
         return self._file.path
@@ -218,16 +221,22 @@ class FileImage(Image):
     def _describe_source(self, disk: LibvirtConfigGuestDisk) -> None:
         settled = self._file.is_settled()
         identity = self._file.identity()
-        if not settled or identity is None or self._looked_at[0] != identity:
+        key = self.path, self.templates.folder
+        seen, disk_format = _SEEN.get(key, (None, ""))
+        if not settled or identity is None or seen != identity:
             if not settled:
                 with self._file.lock():
                     self._settle()
             self._file.require()
             stored = self._stored()
             stored.check()
-            self._looked_at = (identity, stored.disk_format)
+            disk_format = stored.disk_format
+            if identity is not None:
+                if len(_SEEN) >= _MAX_SEEN:
+                    _SEEN.clear()
+                _SEEN[key] = identity, disk_format
         disk.source_path = self.path
-        disk.driver_format = self._looked_at[1]
+        disk.driver_format = disk_format
 
     def _is_ready(self) -> bool:
         return self._file.exists() and self._file.is_settled()

@@ -21,6 +21,18 @@ from imagebackend.guest import (
 from tests.golden.cases import SECRET, disk, luks, rbd
 
 
+def test_what_was_written_before_is_no_reason_to_take_what_only_looks_the_same() -> None:
+    assert 'iothread="1"' in disk(driver_iothread=1).to_xml()
+    assert 'iothread="1"' in disk(driver_iothread="1").to_xml()
+
+    for _ in range(2):
+        with pytest.raises(exceptions.InvalidArgument, match="a whole number is needed, not True"):
+            disk(driver_iothread=True).to_xml()
+        with pytest.raises(exceptions.InvalidArgument, match="is not one of"):
+            disk(driver_cache=["none"]).to_xml()
+    assert 'iothread="1"' in disk(driver_iothread=1).to_xml()
+
+
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
