@@ -16,6 +16,7 @@ from imagebackend import exceptions, names
 from imagebackend.images.model import Model
 from imagebackend.storage import direct_io
 from imagebackend.templates.cache import FetchFunction, TemplateCache
+from imagebackend.templates.native import NativeTemplates
 
 if TYPE_CHECKING:
     from imagebackend.guest import LibvirtConfigGuestDisk, LibvirtConfigGuestFilesys
@@ -111,6 +112,11 @@ class Image(abc.ABC):
     def stored(cls, conf: cfg.ConfigOpts) -> Iterable[tuple[str, str]]:
         """Return instance and name of every disk that is in a store of this backend's own; none for files."""
         return ()
+
+    @classmethod
+    def native_templates(cls, conf: cfg.ConfigOpts) -> NativeTemplates | None:
+        """Return the templates that this backend's store keeps; None where disks are made from the cache's files."""
+        return None
 
     # What every backend has to do itself.
 
