@@ -51,10 +51,44 @@ def test_whole_image(tmp_path: Path, conf: cfg.ConfigOpts, form: str) -> None:
     fetched = opened.fetch(str(target), lambda *done: seen.append(done))
     assert fetched.sha256 == sha256(source) == sha256(target)
     assert (fetched.source, fetched.size) == (source.as_uri(), 3 * MIB + 1)
-    assert (fetched.disk_format, fetched.etag) == ("qcow2", None)
+    assert fetched.disk_format == "qcow2"
     assert fetched.last_modified == email.utils.formatdate(1_700_000_000, usegmt=True)
     assert (seen[0], seen[-1]) == ((0, 3 * MIB + 1), (3 * MIB + 1, 3 * MIB + 1))
     assert target.stat().st_mode & 0o777 == 0o600
+
+
+def test_metadata(tmp_path: Path, conf: cfg.ConfigOpts) -> None:
+    """It is what a fetch says too, without reading the image."""
+    path = tmp_path / "image"
+    path.write_bytes(content(5000))
+    checksum = f"sha512:{hashlib.sha512(path.read_bytes()).hexdigest()}"
+    source = open_source(str(path), conf, checksum=checksum, disk_format="raw")
+    found = source.metadata()
+    fetched = source.fetch(str(new_target(tmp_path)))
+    assert (found.source, found.size, found.disk_format) == (path.as_uri(), 5000, "raw")
+    assert (found.checksum, found.min_disk) == (checksum, 0)
+    assert (found.etag, found.last_modified) == (fetched.etag, fetched.last_modified)
+    assert list(source.locations()) == []
+    path.unlink()
+    with pytest.raises(exceptions.FetchFailed, match="No such file"):
+        source.metadata()
+
+
+@pytest.mark.parametrize(
+    ("change", "unchanged"),
+    [("nothing", True), ("content", False), ("content within the same second", False), ("length", False)],
+)
+def test_unchanged(tmp_path: Path, conf: cfg.ConfigOpts, change: str, unchanged: bool) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(b"one")
+    os.utime(path, ns=(10**18, 10**18))
+    source = open_source(str(path), conf)
+    fetched = source.fetch(str(new_target(tmp_path)))
+    if change != "nothing":
+        path.write_bytes(b"two" if change != "length" else b"three")
+        later = 10**18 + (1 if "second" in change else 10**9)
+        os.utime(path, ns=(later, later))
+    assert source.unchanged_since(sha256=fetched.sha256, etag=fetched.etag) is unchanged
 
 
 @pytest.mark.parametrize("name", ["a b", "100%", "%41", "new\nline", "ünï", b"\xff\xfe", "q?#", "a:b", "-f", "~"])

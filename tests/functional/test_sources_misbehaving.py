@@ -342,6 +342,44 @@ class TestStatus:
             client.fetch(server.url)
 
 
+class TestMetadata:
+    @pytest.mark.parametrize("status", ["403 Forbidden", "405 Method Not Allowed", "501 Not Implemented"])
+    def test_servers_without_head(self, client: Client, status: str) -> None:
+        answers = [respond(status, content_length="0"), whole(etag='"v1"')]
+        with web.misbehaving_server(*answers) as server:
+            found = HttpSource(f"{server.url}/a", client.conf).metadata()
+        assert (found.size, found.etag, found.last_modified) == (len(BODY), '"v1"', None)
+        assert [request.line.split()[0] for request in server.requests] == ["HEAD", "GET"]
+
+    def test_redirected(self, client: Client) -> None:
+        with web.misbehaving_server(respond("302 Found", location="/b"), whole()) as server:
+            found = HttpSource(f"{server.url}/a", client.conf).metadata()
+        assert (found.source, found.size) == (f"{server.url}/a", len(BODY))
+        assert [request.line.split()[:2] for request in server.requests] == [["HEAD", "/a"], ["HEAD", "/b"]]
+
+    @pytest.mark.parametrize("status", ["304 Not Modified", "404 Not Found", "429 Too Many", "503 Busy"])
+    def test_asked_once(self, client: Client, status: str) -> None:
+        """Whoever asks may do without an answer, and does not want to wait for it."""
+        with (
+            web.misbehaving_server(respond(status, content_length="0")) as server,
+            pytest.raises(exceptions.FetchFailed, match=status[:3]),
+        ):
+            HttpSource(server.url, client.conf, wait=client.waits.append).metadata()
+        assert len(server.requests) == 1
+        assert client.waits == []
+
+    @pytest.mark.parametrize("etag", ["v1", '"v1', '"\x80"', f'"{"v" * 1000}"', '"a\r\nX: y"'])
+    def test_nothing_unsound_is_sent(self, client: Client, etag: str) -> None:
+        assert HttpSource("http://127.0.0.1:9/", client.conf).unchanged_since(etag=etag) is False
+
+    def test_server_that_ignores_the_condition(self, client: Client) -> None:
+        with web.misbehaving_server(whole(etag='"v1"')) as server:
+            source = HttpSource(server.url, client.conf)
+            assert source.unchanged_since(etag='"v1"') is True
+            assert source.unchanged_since(etag='"v2"') is False
+        assert [request.headers["if-none-match"] for request in server.requests] == ['"v1"', '"v2"']
+
+
 class TestRedirects:
     def test_relative(self, client: Client) -> None:
         with web.misbehaving_server(respond("308 Moved", location="../b?c=d"), whole()) as server:

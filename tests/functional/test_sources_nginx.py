@@ -141,6 +141,53 @@ def test_checksum_differs(nginx: web.Nginx, conf: cfg.ConfigOpts, target: Path) 
     assert len(nginx.requests()) == 1
 
 
+def test_metadata(nginx: web.Nginx, conf: cfg.ConfigOpts, target: Path) -> None:
+    """It is what a fetch says too, without a transfer."""
+    data = content(64 * MIB)
+    nginx.put("image", data)
+    checksum = f"sha512:{hashlib.sha512(data).hexdigest()}"
+    source = open_source(f"{nginx.url}/stalled/image?token=secret", conf, checksum=checksum, disk_format="raw")
+    found = source.metadata()
+    assert (found.source, found.size, found.disk_format) == (f"{nginx.url}/stalled/image", 64 * MIB, "raw")
+    assert (found.checksum, found.min_disk) == (checksum, 0)
+    assert list(source.locations()) == []
+    fetched = open_source(f"{nginx.url}/image", conf).fetch(str(target))
+    assert (found.etag, found.last_modified) == (fetched.etag, fetched.last_modified)
+
+
+@pytest.mark.parametrize("known", ["sha256", "etag", "weak etag", "date", "nothing"])
+def test_unchanged(nginx: web.Nginx, conf: cfg.ConfigOpts, target: Path, known: str) -> None:
+    nginx.put("image", content(1000))
+    fetched = open_source(f"{nginx.url}/image", conf).fetch(str(target))
+    then = {
+        "sha256": {"sha256": fetched.sha256},
+        "etag": {"etag": fetched.etag, "last_modified": fetched.last_modified},
+        "weak etag": {"etag": f"W/{fetched.etag}"},
+        "date": {"last_modified": fetched.last_modified},
+        "nothing": {},
+    }[known]
+    # What the publisher says that the image is today tells without a request.
+    checksum = f"sha256:{fetched.sha256}" if known == "sha256" else None
+    source = open_source(f"{nginx.url}/image", conf, checksum=checksum)
+    assert source.unchanged_since(**then) is (known != "nothing")
+    if known != "sha256":
+        nginx.put("image", content(1001))
+        os.utime(nginx.folder / "www" / "image", (1_900_000_000, 1_900_000_000))
+        assert source.unchanged_since(**then) is False
+    asked = {"sha256": [], "nothing": []}.get(known, ["304", "200"])
+    assert [line[0] for line in nginx.requests()[1:]] == asked
+
+
+def test_unchanged_cannot_be_known(nginx: web.Nginx, conf: cfg.ConfigOpts) -> None:
+    source = open_source(f"{nginx.url}/absent", conf)
+    with pytest.raises(exceptions.FetchFailed, match="404"):
+        source.unchanged_since(etag='"v1"')
+    nginx.kill()
+    conf.set_override("fetch_timeout", 0.3, group="image_cache")
+    with pytest.raises(exceptions.FetchTimeout):
+        open_source(f"{nginx.url}/absent", conf).metadata()
+
+
 def test_goes_on_where_the_connection_was_cut(nginx: web.Nginx, conf: cfg.ConfigOpts, target: Path) -> None:
     expected = nginx.put("image", content(3 * MIB))
     waits = Waits(nginx.start)

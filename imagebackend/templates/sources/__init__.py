@@ -2,21 +2,22 @@
 """Where templates come from: one module for each kind of source, chosen by the scheme of a URL.
 
 Other packages add schemes through the entry-point group ``imagebackend.sources``: the name is the scheme, the object
-is called like :func:`open_source`, whose first argument is then the whole URL, and returns a :class:`Source`.
+is called as ``factory(url, conf, checksum=…, disk_format=…)``, with the whole URL and what :func:`open_source` was
+given, and returns a :class:`Source`.
 """
 
 from __future__ import annotations
 
+import abc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from oslo_config import cfg
 
 from imagebackend import exceptions
 
-__all__ = ["Fetched", "Progress", "Source", "open_source"]
+__all__ = ["Fetched", "Metadata", "Progress", "Source", "open_source"]
 
 Progress = Callable[[int, int], None]
 
@@ -27,15 +28,39 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
+class Metadata:
+    """What a source says of its image, without delivering it. None and 0: it does not say.
+
+    :ivar source: the URL, without credentials and without the query, which may be a signature.
+    :ivar size: bytes that would be transferred.
+    :ivar disk_format: the format that the image is claimed to have, by its name in qemu-img.
+    :ivar checksum: of the bytes that would be transferred, as ``algorithm:hex``.
+    :ivar etag: what identifies this state of the image at its source: for HTTP the entity tag as it is written there.
+    :ivar last_modified: when the image was changed last, as a date of HTTP.
+    :ivar min_disk: the size of the smallest disk that the image is meant for, in bytes.
+    """
+
+    source: str
+    size: int | None = None
+    disk_format: str | None = None
+    checksum: str | None = None
+    etag: str | None = None
+    last_modified: str | None = None
+    min_disk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Fetched:
     """What a source delivered.
 
     :ivar source: the URL, without credentials and without the query, which may be a signature.
-    :ivar size: bytes.
-    :ivar sha256: of the content, in hexadecimal digits; empty for what was generated here.
+    :ivar size: bytes, as published.
+    :ivar sha256: of the bytes as published, in hexadecimal digits; empty for what was generated here.
     :ivar disk_format: the format that the image is claimed to have, by its name in qemu-img; None: no claim.
-    :ivar etag: the entity tag that the source gave, as it is written in HTTP; None: it gave none.
-    :ivar last_modified: when the image was changed last, as a date of HTTP; None: the source did not say.
+    :ivar etag: as in :class:`Metadata`; None: the source gave none.
+    :ivar last_modified: as in :class:`Metadata`; None: the source did not say.
+    :ivar compression: ``gzip``, ``bzip2``, ``xz`` or ``zstd``, if the image was published so and decompressed here.
+    :ivar content_sha256: of what was written, if that is not what was published; None: it is.
     """
 
     source: str
@@ -44,11 +69,21 @@ class Fetched:
     disk_format: str | None = None
     etag: str | None = None
     last_modified: str | None = None
+    compression: str | None = None
+    content_sha256: str | None = None
 
 
-class Source(Protocol):
-    """An image that can be fetched."""
+class Source(abc.ABC):
+    """An image that can be fetched. Making the object touches nothing."""
 
+    @abc.abstractmethod
+    def metadata(self) -> Metadata:
+        """Ask the source about the image, without downloading it.
+
+        :raises FetchFailed: the source cannot be reached, or has no such image; ``FetchTimeout``: it did not answer.
+        """
+
+    @abc.abstractmethod
     def fetch(self, target: str, progress: Progress | None = None) -> Fetched:
         """Write the image into an empty file, taking its digest on the way.
 
@@ -59,9 +94,36 @@ class Source(Protocol):
             that it raises ends the transfer at once and propagates.
         :raises FetchFailed: the source did not deliver; ``FetchTimeout``: it stalled; ``ChecksumMismatch``: it
             delivered something else.
+        :raises ImageUnacceptable: it is too large, or compressed in a way that is not accepted.
         :raises InsufficientSpace: the image does not fit into the file system of ``target``.
         :raises PermissionDenied, StorageError: ``target`` cannot be written.
         """
+
+    def unchanged_since(self, *, sha256: str = "", etag: str | None = None, last_modified: str | None = None) -> bool:
+        """Tell whether the source still has what was fetched from it then; False if that cannot be known.
+
+        :param sha256, etag, last_modified: as in what :meth:`fetch` returned then.
+        :raises FetchFailed: the source cannot be reached, or has no such image; ``FetchTimeout``: it did not answer.
+        """
+        return is_same(self.metadata(), sha256=sha256, etag=etag, last_modified=last_modified)
+
+    def locations(self) -> Sequence[str]:
+        """Return URLs of the image inside stores that may be able to clone it, best first; most sources have none.
+
+        :raises FetchFailed: the source cannot be reached, or has no such image; ``FetchTimeout``: it did not answer.
+        """
+        return ()
+
+
+def is_same(found: Metadata, *, sha256: str, etag: str | None, last_modified: str | None) -> bool:
+    """Tell whether metadata are of what was fetched earlier: by its digest, else by its ETag, else by its date."""
+    algorithm, _, value = (found.checksum or "").partition(":")
+    if sha256 and algorithm == "sha256":
+        return value.lower() == sha256
+    if etag and found.etag:
+        # Weak comparison (RFC 9110, section 8.8.3.2): for the same image it does not have to be the same bytes.
+        return etag.removeprefix("W/") == found.etag.removeprefix("W/")
+    return last_modified is not None and last_modified == found.last_modified
 
 
 def open_source(
@@ -72,8 +134,8 @@ def open_source(
     :param url: ``file:``, ``http:``, ``https:``, a scheme that another package adds, or the path of a file. A path
         that has a colon in its first part is written with ``./`` before it.
     :param conf: options of this library.
-    :param checksum: what the image must hash to, as ``algorithm:hex``, where algorithm is sha256, sha384, sha512, or,
-        against accidents only, sha1 or md5.
+    :param checksum: what the image must hash to, as it is published, as ``algorithm:hex``, where algorithm is sha256,
+        sha384, sha512, or, against accidents only, sha1 or md5.
     :param disk_format: the format that the image is claimed to have, by its name in qemu-img.
     :raises InvalidArgument: the URL or the checksum cannot be used, or nothing knows the scheme.
     :raises InvalidConfiguration: the package that adds the scheme is broken.

@@ -18,7 +18,7 @@ from oslo_config import cfg
 
 from imagebackend import exceptions
 from imagebackend.storage import reflink
-from imagebackend.templates.sources import Fetched, Progress
+from imagebackend.templates.sources import Fetched, Metadata, Progress, Source
 from imagebackend.templates.sources.sink import BLOCK_SIZE, Sink, parse_checksum
 
 __all__ = ["FileSource"]
@@ -26,7 +26,7 @@ __all__ = ["FileSource"]
 LOG = logging.getLogger(__name__)
 
 
-class FileSource:
+class FileSource(Source):
     """A file; symbolic links are followed, since whoever names the file may use them.
 
     It is cloned if the file system can and ``[DEFAULT] reflink`` is not ``never``. Otherwise it is copied, and its
@@ -44,13 +44,15 @@ class FileSource:
         self._disk_format = disk_format
         self._clone = conf.reflink != "never"
 
+    def metadata(self) -> Metadata:
+        with self._open() as (_, found):
+            checksum = str(self._checksum) if self._checksum else None
+            return Metadata(self._source, found.st_size, self._disk_format, checksum, *_state(found))
+
     def fetch(self, target: str, progress: Progress | None = None) -> Fetched:
         started = time.monotonic()
         LOG.info("fetching %s", self._source)
-        with self._open() as descriptor, Sink(target, self._source, self._checksum, progress) as sink:
-            before = os.fstat(descriptor)
-            if not stat.S_ISREG(before.st_mode):
-                raise exceptions.FetchFailed(self._source, "not a regular file")
+        with self._open() as (descriptor, before), Sink(target, self._source, self._checksum, progress) as sink:
             if self._clone and reflink.clone_file(descriptor, sink.fileno()):
                 sink.expect(before.st_size, required=0)
                 self._read(sink.fileno(), before.st_size, sink, sink.take)
@@ -62,18 +64,20 @@ class FileSource:
             if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 raise exceptions.FetchFailed(self._source, "it changed while it was copied")
         LOG.info("fetched %s: %d bytes in %.1f s", self._source, before.st_size, time.monotonic() - started)
-        modified = email.utils.formatdate(before.st_mtime, usegmt=True)
-        return Fetched(self._source, before.st_size, sha256, self._disk_format, None, modified)
+        return Fetched(self._source, before.st_size, sha256, self._disk_format, *_state(before))
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[int]:
+    def _open(self) -> Iterator[tuple[int, os.stat_result]]:
         try:
             # Without O_NONBLOCK a FIFO would hang until somebody writes to it.
             descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError as error:
             raise exceptions.FetchFailed(self._source, error.strerror or str(error)) from error
         try:
-            yield descriptor
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise exceptions.FetchFailed(self._source, "not a regular file")
+            yield descriptor, found
         finally:
             os.close(descriptor)
 
@@ -108,6 +112,11 @@ class FileSource:
             raise exceptions.FetchFailed(self._source, "it became shorter while it was copied")
         del block[length:]
         return block
+
+
+def _state(found: os.stat_result) -> tuple[str, str]:
+    # Dates of HTTP are in whole seconds.
+    return f'"{found.st_size:x}-{found.st_mtime_ns:x}"', email.utils.formatdate(found.st_mtime, usegmt=True)
 
 
 def _path(url: str) -> str:

@@ -24,7 +24,7 @@ from urllib3.response import HTTPResponse
 from urllib3.util import Url
 
 from imagebackend import exceptions
-from imagebackend.templates.sources import Fetched, Progress
+from imagebackend.templates.sources import Fetched, Metadata, Progress, Source, is_same
 from imagebackend.templates.sources.http_connection import Connection, TransferError
 from imagebackend.templates.sources.sink import HEARTBEAT, Sink, parse_checksum
 
@@ -34,6 +34,10 @@ LOG = logging.getLogger(__name__)
 
 _MOST_REDIRECTS = 10
 _REDIRECTS = (301, 302, 303, 307, 308)
+# What servers say to HEAD that they do not answer; a signature in the URL may be for GET alone.
+_NO_HEAD = (403, 405, 501)
+# Content that the server compressed for the transfer could not be resumed, and its length would mean nothing.
+_HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "imagebackend"}
 # Seconds before the first retry, before any, and the most that a server's Retry-After is granted.
 _FIRST_DELAY, _LAST_DELAY, _LONGEST_RETRY_AFTER = 0.5, 30.0, 60.0
 _NUMBER = re.compile(r"[0-9]{1,18}", re.ASCII)
@@ -57,7 +61,7 @@ class _Content:
     validator: str | None = None
 
 
-class HttpSource:
+class HttpSource(Source):
     """An image on a web server. Arguments are those of :func:`imagebackend.templates.sources.open_source`.
 
     A transfer that breaks off or stalls, and a server's error (5xx, 429), are followed by another attempt, up to
@@ -88,6 +92,24 @@ class HttpSource:
         self._retries: int = conf.image_cache.fetch_retries
         self._wait = wait
 
+    def metadata(self) -> Metadata:
+        with self._ask({}) as response:
+            return self._metadata_of(response)
+
+    def unchanged_since(self, *, sha256: str = "", etag: str | None = None, last_modified: str | None = None) -> bool:
+        if sha256 and self._checksum is not None and self._checksum.algorithm == "sha256":
+            return self._checksum.hexdigest == sha256
+        if etag and _ETAG.fullmatch(etag):
+            condition = {"If-None-Match": etag}
+        elif last_modified and _date(last_modified):
+            condition = {"If-Modified-Since": last_modified}
+        else:
+            return False
+        with self._ask(condition) as response:
+            if response.status == http.HTTPStatus.NOT_MODIFIED:
+                return True
+            return is_same(self._metadata_of(response), sha256=sha256, etag=etag, last_modified=last_modified)
+
     def fetch(self, target: str, progress: Progress | None = None) -> Fetched:
         started = time.monotonic()
         LOG.info("fetching %s", self._source)
@@ -105,9 +127,28 @@ class HttpSource:
         LOG.info("fetched %s: %d bytes in %.1f s", self._source, sink.size, time.monotonic() - started)
         return Fetched(self._source, sink.size, sha256, self._disk_format, content.etag, content.last_modified)
 
+    @contextlib.contextmanager
+    def _ask(self, headers: dict[str, str]) -> Iterator[HTTPResponse]:
+        """Give the head of the image's response; there is one attempt, since whoever asks may do without."""
+        headers = {**_HEADERS, **headers}
+        with contextlib.ExitStack() as stack:
+            try:
+                _, response = stack.enter_context(self._open(headers, _do_nothing, "HEAD"))
+                if response.status in _NO_HEAD:
+                    _, response = stack.enter_context(self._open(headers, _do_nothing))
+            except TransferError as error:
+                raise self._failure(error, 1) from error
+            yield response
+
+    def _metadata_of(self, response: HTTPResponse) -> Metadata:
+        if response.status != http.HTTPStatus.OK:
+            raise exceptions.FetchFailed(self._source, _status_text(response.status))
+        checksum = str(self._checksum) if self._checksum else None
+        etag, last_modified = _etag(response), _last_modified(response)
+        return Metadata(self._source, _length(response), self._disk_format, checksum, etag, last_modified)
+
     def _receive(self, sink: Sink, content: _Content) -> None:
-        # Content that the server compressed for the transfer could not be resumed, and its length would mean nothing.
-        headers = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "imagebackend"}
+        headers = dict(_HEADERS)
         resume = bool(sink.size and content.validator)
         if resume:
             headers |= {"Range": f"bytes={sink.size}-", "If-Range": content.validator or ""}
@@ -125,14 +166,14 @@ class HttpSource:
 
     @contextlib.contextmanager
     def _open(
-        self, headers: dict[str, str], heartbeat: Callable[[], None]
+        self, headers: dict[str, str], heartbeat: Callable[[], None], method: str = "GET"
     ) -> Iterator[tuple[Connection, HTTPResponse]]:
         url = self._url
         for _ in range(_MOST_REDIRECTS + 1):
             # Credentials are for the server that they were given for, and for no other.
             own = self._authorization if _origin(url) == _origin(self._url) else {}
             with Connection(url, timeout=self._timeout, heartbeat=heartbeat) as connection:
-                response = connection.open({**headers, **own})
+                response = connection.open({**headers, **own}, method)
                 if response.status not in _REDIRECTS:
                     yield connection, response
                     return
@@ -200,6 +241,10 @@ class HttpSource:
         if error.stalled:
             return exceptions.FetchTimeout(self._source, self._timeout)
         return exceptions.FetchFailed(self._source, error.reason + (f" ({attempts} attempts)" if attempts > 1 else ""))
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _parse(url: str) -> Url:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One GET request over one connection, which the caller can watch and end at any moment.
+"""One request over one connection, which the caller can watch and end at any moment.
 
 The network is waited for in a thread of its own. The caller's thread keeps reporting progress meanwhile, may raise
 out of that, and enforces the time limits, also against a server that sends a byte now and then.
@@ -104,9 +104,9 @@ class Connection:
         # Looking up a name and shaking hands cannot be interrupted: they end by themselves, within their time limit.
         self._thread.shutdown(wait=ending)
 
-    def open(self, headers: Mapping[str, str]) -> HTTPResponse:
+    def open(self, headers: Mapping[str, str], method: str = "GET") -> HTTPResponse:
         """Send the request and return the head of the response."""
-        return self._wait(self._start(self._request, {**headers, **self._proxy_headers}))
+        return self._wait(self._start(self._request, method, {**headers, **self._proxy_headers}))
 
     def body(self) -> Iterator[bytearray]:
         """Yield the body in blocks; the next one is received while the caller works on one."""
@@ -155,7 +155,7 @@ class Connection:
 
     # From here on: in the other thread.
 
-    def _request(self, headers: Mapping[str, str]) -> HTTPResponse:
+    def _request(self, method: str, headers: Mapping[str, str]) -> HTTPResponse:
         self._connection.connect()
         self._socket = self._connection.sock
         if self._stopped.is_set():
@@ -163,7 +163,7 @@ class Connection:
         # The caller's thread keeps the time; this is for when it was torn away.
         self._connection.timeout = 2 * self._timeout
         self._connection.request(
-            "GET", self._request_target, headers=headers, preload_content=False, decode_content=False
+            method, self._request_target, headers=headers, preload_content=False, decode_content=False
         )
         self._response = self._connection.getresponse()
         return self._response

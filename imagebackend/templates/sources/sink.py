@@ -49,6 +49,9 @@ class Checksum:
     algorithm: str
     hexdigest: str
 
+    def __str__(self) -> str:
+        return f"{self.algorithm}:{self.hexdigest}"
+
 
 def parse_checksum(text: str) -> Checksum:
     """Return the checksum written as ``algorithm:hex``.

@@ -20,9 +20,19 @@ from imagebackend.templates.sources.file import FileSource
 from imagebackend.templates.sources.http import HttpSource
 
 ADD_ON = """\
-class Source:
+from imagebackend.templates import sources
+
+class Source(sources.Source):
     def __init__(self, url, conf, *, checksum, disk_format):
         self.arguments = (url, checksum, disk_format)
+
+    def metadata(self):
+        return sources.Metadata(self.arguments[0], checksum=self.arguments[1], etag='W/"1"', last_modified="then")
+
+    def fetch(self, target, progress=None):
+        with open(target, "wb") as file:
+            file.write(b"content")
+        return sources.Fetched(self.arguments[0], 7, "00" * 32)
 """
 
 
@@ -101,6 +111,26 @@ class TestAddedSchemes:
     def test_found(self, conf: cfg.ConfigOpts) -> None:
         source = open_source("GLANCE:1234", conf, checksum="any", disk_format="raw")
         assert vars(source) == {"arguments": ("GLANCE:1234", "any", "raw")}
+
+    @pytest.mark.parametrize(
+        ("checksum", "then", "unchanged"),
+        [
+            ("sha256:AB", {"sha256": "ab"}, True),
+            ("sha256:ab", {"sha256": "cd", "etag": 'W/"1"'}, False),
+            ("sha512:ab", {"sha256": "cd", "etag": '"1"'}, True),
+            (None, {"sha256": "cd", "etag": '"2"', "last_modified": "then"}, False),
+            (None, {"sha256": "cd", "last_modified": "then"}, True),
+            (None, {"sha256": "cd", "last_modified": "now"}, False),
+            (None, {"sha256": "cd"}, False),
+            (None, {}, False),
+        ],
+    )
+    def test_what_need_not_be_written(
+        self, conf: cfg.ConfigOpts, checksum: str | None, then: dict[str, str], unchanged: bool
+    ) -> None:
+        source = open_source("glance:1", conf, checksum=checksum)
+        assert source.unchanged_since(**then) is unchanged
+        assert list(source.locations()) == []
 
     @pytest.mark.parametrize("scheme", ["broken", "missing"])
     def test_broken(self, conf: cfg.ConfigOpts, scheme: str) -> None:
