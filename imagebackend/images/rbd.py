@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from oslo_config import cfg
 
 from imagebackend import exceptions, faults, names
-from imagebackend.images import disk_file, rbd_disk, rbd_encryption, rbd_exchange, rbd_location, rbd_options, transfer
+from imagebackend.images import (
+    disk_file,
+    rbd_disk,
+    rbd_encryption,
+    rbd_exchange,
+    rbd_image,
+    rbd_location,
+    rbd_options,
+    transfer,
+)
 from imagebackend.images.base import Capabilities, Image, Progress, Snapshot
 from imagebackend.images.model import RBDImage
 from imagebackend.images.rbd_encryption import Encryption
@@ -24,7 +33,6 @@ from imagebackend.images.rbd_template import RbdTemplate, RbdTemplates
 from imagebackend.storage import ceph, publish, qemu_img, rbd_data
 from imagebackend.templates import inspection
 from imagebackend.templates.cache import FetchFunction
-from imagebackend.templates.leases import Owner
 
 if TYPE_CHECKING:
     from imagebackend.guest import LibvirtConfigGuestDisk
@@ -59,7 +67,7 @@ class Rbd(Image):
         pool, namespace, name = rbd_location.parse_path(self.path)
         self.pool = ceph.Pool(rbd_options.settings(self.conf), pool, namespace)
         self._layout = rbd_options.layout(self.conf)
-        self._disk = self._disk_called(self.instance, self.disk_name, name)
+        self._disk = rbd_disk.RbdDisk(self.conf, self.pool, self.instance, self.disk_name, name)
         self._store = RbdTemplates(self.conf, self.pool, self._layout)
 
     def _default_path(self) -> str:
@@ -82,23 +90,8 @@ class Rbd(Image):
                 yield found
 
     @classmethod
-    def sweep(cls, conf: cfg.ConfigOpts) -> list[str]:
-        """Finish or undo what killed processes left in the pool, without waiting for a call that needs it.
-
-        :returns: the names of the images that were worked on.
-        """
-        pool = rbd_options.pool(conf)
-        swept = []
-        for name in pool.intents():
-            found = rbd_location.disk_names(name)
-            if found is not None:
-                owner = Owner(*found, conf.host, rbd_location.format_path(pool, name))
-                disk = rbd_disk.RbdDisk(conf, pool, name, owner)
-                with disk.lock():
-                    if disk.is_left():
-                        disk.settle()
-                        swept.append(name)
-        return swept + RbdTemplates(conf, pool, rbd_options.layout(conf)).sweep()
+    def native_templates(cls, conf: cfg.ConfigOpts) -> RbdTemplates:
+        return RbdTemplates(conf, rbd_options.pool(conf), rbd_options.layout(conf))
 
     @property
     def capabilities(self) -> Capabilities:
@@ -174,7 +167,7 @@ class Rbd(Image):
         try:
             with self._disk.lock():
                 self._settle()
-                rbd_disk.remove_snapshot(self.pool, self._disk.name, name)
+                rbd_image.remove_snapshot(self.pool, self._disk.name, name)
         except exceptions.ImageBackendError as error:
             if not ignore_errors:
                 raise
@@ -204,12 +197,12 @@ class Rbd(Image):
     def flatten(self, *, progress: Progress | None = None) -> None:
         with self._disk.lock():
             self._settle()
-            parent = rbd_disk.parent_of(self.pool, self._disk.name)
+            parent = rbd_image.parent_of(self.pool, self._disk.name)
             if parent is not None:
                 with self.pool.open(self._disk.name) as image:
                     rbd_data.flatten(image, progress)
                 faults.point("disk.flatten.changed")
-                rbd_disk.bury_zombie(self.pool, *parent)
+                rbd_image.bury_zombie(self.pool, *parent)
             self.templates.release_all(self._disk.owner)
         LOG.info("disk %s holds all its data itself", self.path)
 
@@ -234,7 +227,7 @@ class Rbd(Image):
     def import_file(self, instance: Any, local_file: str, remote_name: str) -> None:
         local_file = os.path.abspath(local_file)
         owner = names.instance_id(instance)
-        disk = self._disk_called(owner, names.check_name("disk", remote_name))
+        disk = rbd_disk.RbdDisk(self.conf, self.pool, owner, names.check_name("disk", remote_name))
         with disk.lock(), transfer.open_file(local_file) as source:
             disk.settle()
             if disk.exists():
@@ -386,19 +379,11 @@ class Rbd(Image):
             )
         return user or None, secret or None
 
-    def _disk_called(self, instance: str, disk_name: str, name: str | None = None) -> rbd_disk.RbdDisk:
-        name = name or rbd_location.image_name(instance, disk_name)
-        owner = Owner(instance, disk_name, self.conf.host, rbd_location.format_path(self.pool, name))
-        return rbd_disk.RbdDisk(self.conf, self.pool, name, owner)
-
     def _clone_cached(
         self, prepare_template: FetchFunction, name: str, size: int | None, *args: Any, **kwargs: Any
     ) -> None:
         """Make the disk from a template of the cache, which is fetched if it is absent, and imported if need be."""
-        if not self.conf.force_raw_images:
-            raise exceptions.InvalidConfiguration(
-                "[DEFAULT] force_raw_images", "disks in Ceph are raw, and so must be their templates; set it to true"
-            )
+        rbd_options.require_raw(self.conf)
         with (
             self.templates.use(name, prepare_template, *args, size=size, **kwargs) as template,
             contextlib.ExitStack() as undo,
@@ -408,7 +393,7 @@ class Rbd(Image):
             undo.callback(self._release_quietly, name)
             faults.point("disk.create.leased")
             wanted = size or template.virtual_size
-            stored = RbdTemplate(name, template.virtual_size, template.sha256, template.source)
+            stored = RbdTemplate(name, template.virtual_size, template.sha256)
             self._clone_template(stored, wanted, lambda: self._store.ensure(template, wanted, kwargs.get("progress")))
             undo.pop_all()
 
@@ -421,8 +406,7 @@ class Rbd(Image):
             transfer.open_file(template.path) as source,
         ):
             self.verify_base_size(template.path, size, template.virtual_size)
-            if template.format != "raw":
-                raise exceptions.InvalidConfiguration("[DEFAULT] force_raw_images", "disks in Ceph are raw; set it")
+            rbd_options.require_raw(self.conf, template)
             self._fill(self._disk, source, size or template.virtual_size, kwargs.get("progress"))
 
     def _find_stored(self, name: str) -> RbdTemplate | None:

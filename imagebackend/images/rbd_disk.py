@@ -18,19 +18,14 @@ from typing import Any
 from oslo_config import cfg
 
 from imagebackend import exceptions, faults, locks
-from imagebackend.images import rbd_encryption
+from imagebackend.images import rbd_encryption, rbd_image, rbd_location
 from imagebackend.images.rbd_encryption import Encryption
 from imagebackend.storage import ceph, publish
 from imagebackend.templates.leases import Owner
 
-__all__ = ["RECORD", "RbdDisk", "bury", "bury_zombie", "is_zombie", "parent_of", "parse_record", "remove_snapshot"]
+__all__ = ["RbdDisk"]
 
 LOG = logging.getLogger(__name__)
-
-#: Where in an image's metadata its record is: JSON. Clones get a copy of their template's.
-RECORD = "imagebackend"
-
-_ZOMBIE = "zombie:"
 
 
 class RbdDisk:
@@ -38,25 +33,29 @@ class RbdDisk:
 
     :param conf: options of this library.
     :param pool: where the image is.
-    :param name: its name there.
-    :param owner: the disk that it is.
+    :param instance: the instance that the disk is of.
+    :param disk: the disk's name in it.
+    :param name: the image's name, if not what this library would call it.
     """
 
-    def __init__(self, conf: cfg.ConfigOpts, pool: ceph.Pool, name: str, owner: Owner) -> None:
+    def __init__(self, conf: cfg.ConfigOpts, pool: ceph.Pool, instance: str, disk: str, name: str = "") -> None:
         self.conf = conf
         self.pool = pool
-        self.name = name
-        self.owner = owner
+        self.name = name = name or rbd_location.image_name(instance, disk)
+        self.owner = Owner(instance, disk, conf.host, rbd_location.format_path(pool, name))
         self.spec = pool.spec(name)
         self._partial = f"partial:{name}"
         self._outgoing = f"outgoing:{name}"
         #: Where content is put together, on this host, that then becomes the disk.
         self.scratch = f"{os.path.abspath(conf.instances_path)}/{conf.image_cache.subdirectory_name}/.{name}.scratch"
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the lock under which the disk is made and changed, on the hosts that share ``instances_path``."""
+    def lock(self, timeout: float | None = None) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock under which the disk is made and changed, on the hosts that share ``instances_path``.
+
+        :param timeout: seconds; None: ``[DEFAULT] lock_timeout``.
+        """
         path = f"{os.path.abspath(self.conf.instances_path)}/locks/disk-{self.owner.instance}_{self.owner.disk}"
-        return locks.hold(path, timeout=self.conf.lock_timeout, transient=True)
+        return locks.hold(path, timeout=self.conf.lock_timeout if timeout is None else timeout, transient=True)
 
     def exists(self) -> bool:
         """Return whether the disk is there, or will be when :meth:`settle` has finished what was begun."""
@@ -99,7 +98,7 @@ class RbdDisk:
                 with self.pool.open(self.name) as image:
                     image.rollback_to_snap(intent["snapshot"])
             case "remove":
-                bury(self.pool, self.name, self.conf.libvirt.images_rbd_trash_delay)
+                rbd_image.bury(self.pool, self.name, self.conf.libvirt.images_rbd_trash_delay)
             case other:
                 raise exceptions.CorruptRecord(self.spec, f"intent {other!r} is not known to this release")
         self.pool.clear_intent(self.name)
@@ -113,7 +112,7 @@ class RbdDisk:
         image_id = self.pool.image_id(self.name)
         if image_id is None:
             raise exceptions.DiskNotFound(self.spec)
-        return parse_record(self.spec, self.pool.metadata(image_id, RECORD))
+        return rbd_image.parse_record(self.spec, self.pool.metadata(image_id, rbd_image.RECORD))
 
     def header_size(self) -> int:
         """Return how many bytes of the image are the header of its encryption; 0: it is not encrypted.
@@ -159,7 +158,7 @@ class RbdDisk:
                     encryption.load(image)
                 faults.point("disk.create.opened")
                 yield image
-                image.metadata_set(RECORD, json.dumps({"version": 1, **record}))
+                image.metadata_set(rbd_image.RECORD, json.dumps({"version": 1, **record}))
             faults.point("disk.create.filled")
             if self.pool.image_id(self.name) is None:
                 self.pool.rename(self._partial, self.name)
@@ -245,7 +244,7 @@ class RbdDisk:
                 faults.point("disk.import.moved")
             self.pool.rename(self._partial, self.name)
             faults.point("disk.import.renamed")
-        bury(self.pool, self._outgoing, self.conf.libvirt.images_rbd_trash_delay)
+        rbd_image.bury(self.pool, self._outgoing, self.conf.libvirt.images_rbd_trash_delay)
 
     def _intend(self, operation: str, **facts: str) -> None:
         intent = {"operation": operation, "host": self.conf.host, **facts}
@@ -253,7 +252,7 @@ class RbdDisk:
 
     def _intent(self) -> dict[str, Any]:
         intent = self.pool.intent(self.name)
-        return {} if intent is None else parse_record(f"{self.spec}: intent", intent)
+        return {} if intent is None else rbd_image.parse_record(f"{self.spec}: intent", intent)
 
     def _settle_quietly(self) -> None:
         # The error that led here matters more; the next call on the disk tries again.
@@ -261,112 +260,3 @@ class RbdDisk:
             self.settle()
         except exceptions.ImageBackendError as error:
             LOG.warning("what is left of %s is still there: %s", self.spec, error)
-
-
-def parse_record(name: str, text: str | None) -> dict[str, Any]:
-    """Return a record that is a JSON object; an empty one for None.
-
-    :raises CorruptRecord: it is not.
-    """
-    if text is None:
-        return {}
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise exceptions.CorruptRecord(name, f"not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise exceptions.CorruptRecord(name, "not a JSON object")
-    return record
-
-
-def remove_snapshot(pool: ceph.Pool, image_name: str, name: str) -> None:
-    """Remove a snapshot of an image, protected or not.
-
-    :raises SnapshotNotFound: the image has none of that name.
-    :raises DiskInUse: the snapshot has clones.
-    """
-    import rbd
-
-    with pool.open(image_name) as image:
-        try:
-            image.set_snap(name)
-            clones = [f"{each['pool']}/{each['image']}" for each in image.list_children2()]
-            if clones:
-                reason = f"snapshot {name} has clones; flatten or remove them first: {', '.join(clones[:5])}"
-                raise exceptions.DiskInUse(pool.spec(image_name), reason)
-            image.set_snap(None)
-            if image.is_protected_snap(name):
-                image.unprotect_snap(name)
-            image.remove_snap(name)
-        except rbd.ImageNotFound as error:
-            raise exceptions.SnapshotNotFound(name, f"image {pool.spec(image_name)} has no such snapshot") from error
-        faults.point("disk.snapshot_remove.changed")
-
-
-def bury(pool: ceph.Pool, name: str, trash_delay: int | None = None) -> None:
-    """Remove an image with its snapshots; do nothing if it is not there.
-
-    One that has clones only loses its name, and is removed with the last of them.
-
-    :param trash_delay: as for :meth:`imagebackend.storage.ceph.Pool.remove`.
-    :raises DiskInUse: a client has it open.
-    """
-    try:
-        with pool.open(name) as image:
-            parent = _parent(image)
-            has_clones = bool(list(image.list_children2()))
-            if not has_clones and trash_delay is None:
-                for snapshot in [each["name"] for each in image.list_snaps()]:
-                    if image.is_protected_snap(snapshot):
-                        image.unprotect_snap(snapshot)
-                    image.remove_snap(snapshot)
-                    faults.point("disk.remove.snapshot")
-            image_id = image.id()
-    except exceptions.DiskNotFound:
-        return
-    if has_clones:
-        if not is_zombie(name):
-            pool.rename(name, f"{_ZOMBIE}{image_id}")
-            LOG.info("image %s has clones and will be removed with the last of them", pool.spec(name))
-        return
-    pool.remove(name, trash_delay=trash_delay)
-    faults.point("disk.remove.image")
-    if parent is not None:
-        bury_zombie(pool, *parent)
-
-
-def is_zombie(name: str) -> bool:
-    """Return whether an image lost its name because it had clones."""
-    return name.startswith(_ZOMBIE)
-
-
-def bury_zombie(pool: ceph.Pool, parent_pool: str, namespace: str, name: str) -> None:
-    """Remove an image that lost its name because it had clones, if it has none any more.
-
-    Nothing that goes wrong is raised: the clone that led here is gone, and the sweep finds what is left.
-    """
-    if is_zombie(name):
-        try:
-            bury(ceph.Pool(pool.settings, parent_pool, namespace), name)
-        except exceptions.ImageBackendError as error:
-            LOG.warning("image %s without a name is still there: %s", name, error)
-
-
-def _parent(image: Any) -> tuple[str, str, str] | None:
-    """Return pool, namespace and name of an open image's parent."""
-    import rbd
-
-    try:
-        spec = image.get_parent_image_spec()
-    except rbd.ImageNotFound:
-        return None
-    return spec["pool_name"], spec["pool_namespace"], spec["image_name"]
-
-
-def parent_of(pool: ceph.Pool, name: str) -> tuple[str, str, str] | None:
-    """Return pool, namespace and name of an image's parent; None if it holds all its data itself.
-
-    :raises DiskNotFound: there is no such image.
-    """
-    with pool.open(name, read_only=True) as image:
-        return _parent(image)

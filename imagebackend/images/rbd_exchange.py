@@ -7,7 +7,7 @@ import contextlib
 import logging
 
 from imagebackend import exceptions, faults
-from imagebackend.images import rbd_disk, rbd_location
+from imagebackend.images import rbd_disk, rbd_image, rbd_location
 from imagebackend.storage import ceph
 
 __all__ = ["clone", "copy", "remove"]
@@ -43,7 +43,7 @@ def copy(disk: rbd_disk.RbdDisk, snapshot: str, image_id: str, layout: ceph.Layo
     :param image_id: the name of the image, which appears when it is whole.
     :raises DiskExists: there is an image of that name.
     """
-    parent = rbd_disk.parent_of(disk.pool, disk.name)
+    parent = rbd_image.parent_of(disk.pool, disk.name)
     target = disk.pool if parent is None else ceph.Pool(disk.pool.settings, *parent[:2])
     partial = f"partial:{image_id}"
     if target.image_id(image_id) is not None:
@@ -75,14 +75,14 @@ def remove(pool: ceph.Pool, location: rbd_location.Location, whole: bool) -> Non
     """
     where = ceph.Pool(pool.settings, location.pool)
     if whole:
-        rbd_disk.bury(where, location.image)
+        rbd_image.bury(where, location.image)
     else:
-        rbd_disk.remove_snapshot(where, location.image, location.snapshot)
+        rbd_image.remove_snapshot(where, location.image, location.snapshot)
 
 
 def _depth(pool: ceph.Pool, name: str) -> int:
     depth = 0
-    while (parent := rbd_disk.parent_of(pool, name)) is not None:
+    while (parent := rbd_image.parent_of(pool, name)) is not None:
         pool, name = ceph.Pool(pool.settings, *parent[:2]), parent[2]
         depth += 1
     return depth
@@ -90,9 +90,9 @@ def _depth(pool: ceph.Pool, name: str) -> int:
 
 def _discard(target: ceph.Pool, partial: str, disk: rbd_disk.RbdDisk, snapshot: str) -> None:
     try:
-        rbd_disk.bury(target, partial)
+        rbd_image.bury(target, partial)
         with contextlib.suppress(exceptions.SnapshotNotFound):
-            rbd_disk.remove_snapshot(disk.pool, disk.name, snapshot)
+            rbd_image.remove_snapshot(disk.pool, disk.name, snapshot)
     except exceptions.ImageBackendError as error:
         # Whatever led here matters more; the next copy, or removing the disk, removes it.
         LOG.warning("snapshot %s of %s is still there: %s", snapshot, disk.spec, error)

@@ -8,8 +8,9 @@ from oslo_config import cfg
 from imagebackend import exceptions
 from imagebackend.images import rbd_location
 from imagebackend.storage import ceph
+from imagebackend.templates.record import Template
 
-__all__ = ["layout", "pool", "settings"]
+__all__ = ["layout", "pool", "require_raw", "settings"]
 
 
 def settings(conf: cfg.ConfigOpts) -> ceph.Settings:
@@ -47,3 +48,16 @@ def layout(conf: cfg.ConfigOpts) -> ceph.Layout:
             "[libvirt] images_rbd_object_size", f"{size} is not a power of two from 4096 on"
         )
     return ceph.Layout(tuple(conf.libvirt.images_rbd_features), size, conf.libvirt.images_rbd_data_pool)
+
+
+def require_raw(conf: cfg.ConfigOpts, template: Template | None = None) -> None:
+    """Make sure that templates, or this one, have the format that disks in Ceph have.
+
+    :raises InvalidConfiguration: they have not.
+    """
+    is_raw = conf.force_raw_images if template is None else template.format == "raw"
+    if not is_raw:
+        reason = "disks in Ceph are raw, and so must be their templates: set it to true"
+        if template is not None:
+            reason += f", and remove template {template.name} from the cache: it was kept as {template.format}"
+        raise exceptions.InvalidConfiguration("[DEFAULT] force_raw_images", reason)

@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import logging
 import os
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 from oslo_config import cfg
 
 from imagebackend import exceptions, faults, locks, names
-from imagebackend.images import rbd_disk
+from imagebackend.images import rbd_image, rbd_location, rbd_options, rbd_sweep
 from imagebackend.images.base import Progress
 from imagebackend.storage import ceph, rbd_data
-from imagebackend.templates.cache import Template
+from imagebackend.templates.leases import Owner
+from imagebackend.templates.native import NativeTemplate, NativeTemplates
+from imagebackend.templates.record import Template
 
 __all__ = ["RbdTemplate", "RbdTemplates"]
 
@@ -44,13 +47,13 @@ class RbdTemplate:
     :ivar name: its name.
     :ivar virtual_size: in bytes.
     :ivar sha256: the digest of the image as it was fetched.
-    :ivar source: where it came from, without credentials.
+    :ivar made: when it was imported, as ISO 8601 in UTC; empty: it may not be there yet.
     """
 
     name: str
     virtual_size: int
     sha256: str
-    source: str
+    made: str = ""
 
     @property
     def image(self) -> str:
@@ -62,13 +65,15 @@ class RbdTemplate:
         return f"{self.sha256[:_DIGEST_SHOWN]}.{size}"
 
 
-class RbdTemplates:
+class RbdTemplates(NativeTemplates):
     """The templates in a pool. Making the object does no I/O.
 
     :param conf: options of this library.
     :param pool: where they are.
     :param layout: how their images are laid out.
     """
+
+    image_type: ClassVar[str] = "rbd"
 
     def __init__(self, conf: cfg.ConfigOpts, pool: ceph.Pool, layout: ceph.Layout) -> None:
         self._conf = conf
@@ -84,35 +89,43 @@ class RbdTemplates:
         image_id = self._pool.image_id(image)
         if image_id is None:
             return None
-        spec = self._pool.spec(image)
-        record = rbd_disk.parse_record(spec, self._pool.metadata(image_id, rbd_disk.RECORD))
-        try:
-            return RbdTemplate(name, int(record["virtual_size"]), str(record["sha256"]), str(record["source"]))
-        except (KeyError, ValueError, TypeError) as error:
-            raise exceptions.CorruptRecord(spec, f"not a template's record ({error!r}); remove the image") from error
+        return self._recorded(name, image_id)
 
-    def names(self) -> list[str]:
-        """Return the names of the templates in the pool, sorted."""
-        return [image.removeprefix(_PREFIX) for image in self._pool.images() if image.startswith(_PREFIX)]
+    def list(self) -> Sequence[NativeTemplate]:
+        found = []
+        for image in self._pool.images():
+            if image.startswith(_PREFIX):
+                try:
+                    found.append(self._describe(image.removeprefix(_PREFIX)))
+                except exceptions.DiskNotFound:
+                    continue  # removed since it was listed
+                except exceptions.CorruptRecord as error:
+                    LOG.warning("template image %s is left out: %s", image, error)
+        return found
+
+    def prepare(self, template: Template, progress: Progress | None = None) -> None:
+        self.ensure(template, template.virtual_size, progress)
 
     def ensure(self, template: Template, size: int, progress: Progress | None = None) -> RbdTemplate:
         """Return a template of the cache that is in the pool too, with a snapshot for disks of ``size`` bytes.
 
         It is imported if it is not there: once, however many threads, processes and hosts ask.
 
-        :param template: raw, and not removed meanwhile.
+        :param template: not removed meanwhile.
         :param progress: called with the bytes done and in all while it is imported.
+        :raises InvalidConfiguration: the cache keeps it in a format that disks in Ceph cannot have.
         :raises LockTimeout: another host was at it for longer than ``[DEFAULT] lock_timeout``.
         """
+        rbd_options.require_raw(self._conf, template)
         with self._lock(template.name):
             found = self.find(template.name)
             if found is not None and found.sha256 != template.sha256:
                 LOG.warning("template %s in pool %s has other content; it is replaced", found.name, self._pool.name)
-                rbd_disk.bury(self._pool, found.image)
+                rbd_image.bury(self._pool, found.image)
                 found = None
             if found is None:
                 self._import(template, progress)
-                found = RbdTemplate(template.name, template.virtual_size, template.sha256, template.source)
+                found = RbdTemplate(template.name, template.virtual_size, template.sha256)
             self._make_snapshot(found, size)
             return found
 
@@ -125,29 +138,66 @@ class RbdTemplates:
             self._make_snapshot(template, size)
 
     def remove(self, name: str) -> None:
-        """Remove a template from the pool; if disks are cloned from it, its data go with the last of them.
+        image = f"{_PREFIX}{names.check_name('template', name)}"
+        with self._lock(name):
+            try:
+                gone = rbd_image.remove(self._pool, image)
+                users = () if gone else self._describe(name).users
+            except exceptions.DiskNotFound as error:
+                raise exceptions.TemplateNotFound(name, f"not in pool {self._pool.name}") from error
+        if not gone:
+            raise exceptions.TemplateInUse(name, [user.path for user in users])
+        LOG.info("template %s removed from pool %s", name, self._pool.name)
+
+    def retire(self, name: str) -> None:
+        """Take a template out of use though disks depend on it: it loses its name, and is removed with the last.
 
         :raises TemplateNotFound: it is not there.
         """
+        image = f"{_PREFIX}{names.check_name('template', name)}"
         with self._lock(name):
-            if self._pool.image_id(f"{_PREFIX}{name}") is None:
+            if self._pool.image_id(image) is None:
                 raise exceptions.TemplateNotFound(name, f"not in pool {self._pool.name}")
-            rbd_disk.bury(self._pool, f"{_PREFIX}{name}")
-        LOG.info("template %s removed from pool %s", name, self._pool.name)
+            rbd_image.bury(self._pool, image)
+        LOG.info("template %s retired from pool %s", name, self._pool.name)
 
-    def sweep(self) -> list[str]:
-        """Remove parts of templates whose import was cut short, and images without a name whose clones are gone.
-
-        :returns: the names of the images that were removed.
-        """
-        for image in (found := self._pool.images()):
+    def sweep(self) -> Sequence[str]:
+        settled = rbd_sweep.settle_disks(self._conf, self._pool)
+        there = self._pool.images()
+        for image in there:
             if image.startswith(f"partial:{_PREFIX}"):
                 # Whoever is still at it has it open.
                 with contextlib.suppress(exceptions.DiskInUse):
                     self._pool.remove(image)
-            elif rbd_disk.is_zombie(image):
-                rbd_disk.bury(self._pool, image)
-        return sorted(set(found) - set(self._pool.images()))
+            elif rbd_image.is_zombie(image):
+                rbd_image.bury_zombie(self._pool, self._pool.name, self._pool.namespace, image)
+        return sorted({*settled, *(set(there) - set(self._pool.images()))})
+
+    def _recorded(self, name: str, image_id: str) -> RbdTemplate:
+        """Return what a template's record says.
+
+        :raises CorruptRecord: it is damaged.
+        """
+        spec = self._pool.spec(f"{_PREFIX}{name}")
+        record = rbd_image.parse_record(spec, self._pool.metadata(image_id, rbd_image.RECORD))
+        try:
+            return RbdTemplate(name, int(record["virtual_size"]), str(record["sha256"]), str(record["made"]))
+        except (KeyError, ValueError, TypeError) as error:
+            raise exceptions.CorruptRecord(spec, f"not a template's record ({error!r}); remove the image") from error
+
+    def _describe(self, name: str) -> NativeTemplate:
+        with self._pool.open(f"{_PREFIX}{name}", read_only=True) as image:
+            found = self._recorded(name, image.id())
+            users = tuple(self._owner(child) for child in image.list_children2())
+            used = rbd_data.allocated(image)
+            return NativeTemplate(name, found.sha256, found.virtual_size, used, found.made, users)
+
+    def _owner(self, child: dict[str, Any]) -> Owner:
+        """Return the disk that a clone is; one that is no disk of ours has no instance. A pool has no host."""
+        image = child["image"]
+        pool = ceph.Pool(self._pool.settings, child["pool"], child["pool_namespace"])
+        instance, disk = rbd_location.disk_names(image) or ("", image)
+        return Owner(instance, disk, host="", path=rbd_location.format_path(pool, image))
 
     def _lock(self, name: str) -> contextlib.AbstractContextManager[None]:
         # The threads and processes of this host take turns here, and do not ask the cluster again and again.
@@ -159,7 +209,8 @@ class RbdTemplates:
         """Fill the template's image, or wait for the host that is at it."""
         image = f"{_PREFIX}{template.name}"
         partial = f"partial:{image}"
-        record = {"version": 1, **template.as_dict(), "format": "raw"}
+        made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        record = {"version": 1, **template.as_dict(), "made": made}
         del record["path"]
         with self._claim(image, partial, template) as opened:
             if opened is None:
@@ -170,7 +221,7 @@ class RbdTemplates:
             finally:
                 os.close(source)
             faults.point("template.import.filled")
-            opened.metadata_set(rbd_disk.RECORD, json.dumps(record))
+            opened.metadata_set(rbd_image.RECORD, json.dumps(record))
             faults.point("template.import.recorded")
             self._pool.rename(partial, image)
             faults.point("template.import.renamed")

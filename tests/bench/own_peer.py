@@ -64,9 +64,7 @@ class Peer:
 
     def forget_stored(self, template: str) -> None:
         """Remove a template from the Ceph pool, and leave it in the cache."""
-        image = self.backend.image("any", "disk")
-        assert isinstance(image, Rbd)
-        image._store.remove(template)
+        Rbd.native_templates(self.conf).remove(template)
 
     def forget(self, template: str) -> None:
         """Remove a template from the cache."""

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,7 @@ def images(cluster: Cluster, pool: str) -> set[str]:
 
 
 def store(backend: Backend) -> RbdTemplates:
-    image = backend.image("any", "disk")
-    assert isinstance(image, Rbd)
-    return RbdTemplates(backend.conf, image.pool, storage.Layout())
+    return Rbd.native_templates(backend.conf)
 
 
 def test_another_host_clones_what_one_has_imported_and_fetches_nothing(
@@ -82,9 +82,10 @@ def test_a_removed_template_goes_with_its_last_disk(
     first, second = backend.image("first", "disk"), backend.image("second", "disk")
     for image in (first, second):
         image.cache(template.fetch, "debian")
-    assert store(backend).names() == ["debian"]
+    assert [each.name for each in store(backend).list()] == ["debian"]
 
-    store(backend).remove("debian")
+    store(backend).retire("debian")
+    assert store(backend).list() == []
     assert images(ceph, rbd_pool) == {"first_disk", "second_disk", "zombie"}
     first.flatten()
     assert "zombie" in images(ceph, rbd_pool)
@@ -92,7 +93,68 @@ def test_a_removed_template_goes_with_its_last_disk(
 
     assert images(ceph, rbd_pool) == {"first_disk"}
     with pytest.raises(exceptions.TemplateNotFound):
+        store(backend).retire("debian")
+
+
+def test_templates_are_made_ahead_listed_and_removed_when_no_disk_needs_them(
+    backend: Backend, ceph: Cluster, rbd_pool: str, template: Contents
+) -> None:
+    cached = backend.templates.fetch("debian", template.fetch)
+    told: list[tuple[int, int]] = []
+    store(backend).prepare(cached, lambda done, total: told.append((done, total)))
+    store(backend).prepare(cached, lambda done, total: pytest.fail("imported again"))
+    assert told[-1] == (24 * MIB, 24 * MIB)
+    (before,) = store(backend).list()
+    assert (before.name, before.sha256, before.virtual_size) == ("debian", cached.sha256, 24 * MIB)
+    assert before.users == ()
+    assert 8 * MIB <= before.used <= 24 * MIB
+    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(before.made)
+    assert datetime.timedelta(seconds=-1) <= age < datetime.timedelta(seconds=60)
+
+    disk = backend.image("guest", "disk")
+    disk.cache(lambda target: pytest.fail("fetched again"), "debian", 32 * MIB)
+    with context(ceph, rbd_pool) as opened:
+        rbd.RBD().clone(opened, "template:debian", f"{cached.sha256[:32]}.{32 * MIB}", opened, "by-hand")
+    (after,) = store(backend).list()
+    users = sorted(after.users, key=lambda user: user.instance)
+    assert [(user.instance, user.disk) for user in users] == [("", "by-hand"), ("guest", "disk")]
+    assert users[1].path == disk.path
+    with pytest.raises(exceptions.TemplateInUse, match="guest_disk") as caught:
         store(backend).remove("debian")
+    assert sorted(caught.value.users) == sorted(user.path for user in users)
+    assert store(backend).list() == [after]
+
+    disk.remove()
+    with context(ceph, rbd_pool) as opened:
+        rbd.RBD().remove(opened, "by-hand")
+    store(backend).remove("debian")
+    assert images(ceph, rbd_pool) == set()
+    with pytest.raises(exceptions.TemplateNotFound):
+        store(backend).remove("debian")
+
+
+def test_a_template_whose_record_is_damaged_is_left_out(
+    backend: Backend, ceph: Cluster, rbd_pool: str, template: Contents
+) -> None:
+    for name in ("debian", "fedora"):
+        backend.image(name, "disk").cache(template.fetch, name)
+    with context(ceph, rbd_pool) as opened, rbd.Image(opened, "template:debian") as image:
+        image.metadata_set("imagebackend", "{")
+
+    assert [each.name for each in store(backend).list()] == ["fedora"]
+
+
+def test_templates_that_the_cache_keeps_as_qcow2_are_not_made_ahead(
+    ceph: Cluster, rbd_pool: str, tmp_path: Path
+) -> None:
+    backend = rbd_backend(ceph, rbd_pool, tmp_path / "instances")
+    backend.conf.set_override("force_raw_images", False)
+    make = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    cached = backend.templates.fetch("debian", lambda target: subprocess.run([*make, target, "16M"], check=True))
+
+    with pytest.raises(exceptions.InvalidConfiguration, match="force_raw_images"):
+        store(backend).prepare(cached)
+    assert images(ceph, rbd_pool) == set()
 
 
 def test_disks_of_one_size_share_a_snapshot(
@@ -240,11 +302,11 @@ def test_the_sweep_removes_what_killed_processes_left(
     pool.create("busy_disk", MIB, storage.Layout())
     pool.set_intent("busy_disk", '{"operation": "clone", "host": "another"}')
 
-    swept = Rbd.sweep(backend.conf)
+    swept = store(backend).sweep()
 
     assert swept == ["half_disk", "partial:template:other"]
     assert images(ceph, rbd_pool) == {"template:debian", "guest_disk", "busy_disk"}
-    assert Rbd.sweep(backend.conf) == []
+    assert store(backend).sweep() == []
     assert [image.path for image in backend.disks()] == [disk.path]
 
 
