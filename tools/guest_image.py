@@ -15,22 +15,16 @@ changes, until it is told to power off (the word ``poweroff`` on the kernel's co
 from __future__ import annotations
 
 import hashlib
-import lzma
-import os
 import shutil
-import struct
-import subprocess
-import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from imagebackend import locks
+from tools import debian_kernel
+from tools.debian_kernel import CACHE, Kernel
 
 __all__ = ["CACHE", "ROOT_SAYS", "SIZE_SAYS", "GuestImage", "build"]
-
-#: Where everything that takes long to make is kept between runs.
-CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 #: What the guest says once it has mounted its root, and about its disk's size: regular expressions with one group.
 ROOT_SAYS = r"imagebackend-guest: root=(\S+ \S+)"
@@ -39,23 +33,7 @@ SIZE_SAYS = r"imagebackend-guest: size=(\d+)"
 _MIB = 1 << 20
 _BUSYBOX = "/bin/busybox"
 _LOCK_TIMEOUT = 300.0
-_DOWNLOAD_TIMEOUT = 240.0
-_TOOL_TIMEOUT = 60.0
-
-# In the order in which they are loaded; one that the kernel has built in is not in the package.
-_MODULES = (
-    "virtio_ring",
-    "virtio",
-    "virtio_pci_legacy_dev",
-    "virtio_pci_modern_dev",
-    "virtio_pci",
-    "virtio_blk",
-    "crc16",
-    "crc32c_generic",
-    "mbcache",
-    "jbd2",
-    "ext4",
-)
+_MODULES = ("virtio_pci", "virtio_blk", "ext4")
 
 _INITRAMFS_INIT = """\
 #!/bin/busybox sh
@@ -113,105 +91,28 @@ def build() -> GuestImage:
 
     :raises subprocess.CalledProcessError: a tool failed; it has said why on stderr.
     """
-    package, version = _kernel_package()
+    kernel = debian_kernel.unpack()
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    folder = CACHE / "guest" / f"{version}-{recipe}"
+    folder = CACHE / "guest" / f"{kernel.version}-{recipe}"
     if not folder.exists():
         with locks.hold(str(CACHE / "guest" / "lock"), timeout=_LOCK_TIMEOUT):
             if not folder.exists():
-                _build(folder, package)
-    return GuestImage(kernel=folder / "vmlinux", initrd=folder / "initrd", disk=folder / "disk.raw")
+                _build(folder, kernel)
+    return GuestImage(kernel=kernel.image, initrd=folder / "initrd", disk=folder / "disk.raw")
 
 
-def _build(folder: Path, package: str) -> None:
+def _build(folder: Path, kernel: Kernel) -> None:
     for old in folder.parent.iterdir():
         if old.is_dir():
             shutil.rmtree(old)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        made = Path(work) / "made"
+        made, initramfs, root = (Path(work) / name for name in ("made", "initramfs", "root"))
         made.mkdir()
-        modules = Path(work) / "modules"
-        _unpack_kernel(_download(package, Path(work)), made / "vmlinux", modules)
-        _make_initramfs(made / "initrd", modules, Path(work) / "initramfs")
-        _make_disk(made / "disk.raw", Path(work) / "root", size=64 * _MIB)
+        initramfs.mkdir()
+        modules = kernel.modules(_MODULES)
+        debian_kernel.make_initramfs(made / "initrd", modules, _INITRAMFS_INIT, initramfs)
+        _make_disk(made / "disk.raw", root, size=64 * _MIB)
         made.rename(folder)
-
-
-def _run(*command: str | Path, cwd: Path | None = None, stdin: str = "", timeout: float = _TOOL_TIMEOUT) -> str:
-    return subprocess.run(
-        command, cwd=cwd, input=stdin, stdout=subprocess.PIPE, text=True, check=True, timeout=timeout
-    ).stdout
-
-
-def _kernel_package() -> tuple[str, str]:
-    """Return name and version of the package that Debian's metapackage for kernels depends on."""
-    command = ("apt-cache", "show", "--no-all-versions", "linux-image-amd64")
-    try:
-        shown = _run(*command)
-    except subprocess.CalledProcessError:
-        _update_package_lists()
-        shown = _run(*command)
-    fields = dict(line.split(": ", 1) for line in shown.splitlines() if ": " in line)
-    return fields["Depends"].split()[0], fields["Version"]
-
-
-def _download(package: str, folder: Path) -> Path:
-    # As root: apt's own user cannot write into a folder of ours.
-    command = ("apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download")
-    try:
-        _run(*command, package, cwd=folder, timeout=_DOWNLOAD_TIMEOUT)
-    except subprocess.CalledProcessError:
-        # What apt knows of may no longer be in the archive.
-        _update_package_lists()
-        package, _ = _kernel_package()
-        _run(*command, package, cwd=folder, timeout=_DOWNLOAD_TIMEOUT)
-    return next(folder.glob(f"{package}_*.deb"))
-
-
-def _update_package_lists() -> None:
-    subprocess.run(["apt-get", "-qq", "update"], stdin=subprocess.DEVNULL, check=True, timeout=_DOWNLOAD_TIMEOUT)
-
-
-def _unpack_kernel(package: Path, kernel: Path, modules: Path) -> None:
-    modules.mkdir()
-    wanted = {f"{name}.ko": modules / f"{name}.ko" for name in _MODULES}
-    with (
-        subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as unpacking,
-        tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive,
-    ):
-        for member in archive:
-            name = os.path.basename(member.name)
-            content = archive.extractfile(member) if member.isfile() else None
-            if content is not None and name in wanted:
-                wanted[name].write_bytes(content.read())
-            elif content is not None and name.startswith("vmlinuz-"):
-                kernel.write_bytes(_elf_kernel(content.read()))
-    if unpacking.returncode:
-        raise subprocess.CalledProcessError(unpacking.returncode, "dpkg-deb")
-
-
-def _elf_kernel(bzimage: bytes) -> bytes:
-    """Return the uncompressed kernel within a bzImage: an emulated CPU takes 3 s to uncompress it.
-
-    Source: Documentation/arch/x86/boot.rst of Linux (``setup_sects``, ``payload_offset``, ``payload_length``).
-    """
-    protected_mode = (bzimage[0x1F1] + 1) * 512
-    offset, length = struct.unpack_from("<II", bzimage, 0x248)
-    start = protected_mode + offset
-    # Not lzma.decompress(), which takes the size that follows the compressed data for another stream.
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(bzimage[start : start + length])
-
-
-def _make_initramfs(target: Path, modules: Path, root: Path) -> None:
-    for name in ("bin", "dev", "proc", "root"):
-        (root / name).mkdir(parents=True)
-    shutil.copy(_BUSYBOX, root / "bin")
-    modules.rename(root / "modules")
-    present = [f"{name}.ko" for name in _MODULES if (root / "modules" / f"{name}.ko").exists()]
-    (root / "modules" / "order").write_text("\n".join(present))
-    _write_script(root / "init", _INITRAMFS_INIT)
-    names = "".join(f"{path.relative_to(root)}\n" for path in sorted(root.rglob("*")))
-    _run("cpio", "--create", "--format=newc", "--quiet", "--owner=0:0", "--file", target, cwd=root, stdin=names)
 
 
 def _make_disk(target: Path, root: Path, *, size: int) -> None:
@@ -219,14 +120,9 @@ def _make_disk(target: Path, root: Path, *, size: int) -> None:
         (root / name).mkdir(parents=True)
     shutil.copy(_BUSYBOX, root / "bin")
     (root / "bin" / "sh").symlink_to("busybox")
-    _write_script(root / "sbin" / "init", _INIT)
+    debian_kernel.write_script(root / "sbin" / "init", _INIT)
     with open(target, "wb") as disk:
         disk.truncate(size)
-    _run("sfdisk", "--quiet", target, stdin="start=1MiB, type=83, bootable\n")
+    debian_kernel.run("sfdisk", "--quiet", target, stdin="start=1MiB, type=83, bootable\n")
     options = ("-E", f"offset={_MIB},nodiscard", "-d", root)
-    _run("mke2fs", "-q", "-F", "-t", "ext4", *options, target, f"{(size - _MIB) // 1024}k")
-
-
-def _write_script(path: Path, text: str) -> None:
-    path.write_text(text)
-    path.chmod(0o755)
+    debian_kernel.run("mke2fs", "-q", "-F", "-t", "ext4", *options, target, f"{(size - _MIB) // 1024}k")

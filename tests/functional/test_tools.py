@@ -15,7 +15,7 @@ from pathlib import Path
 import libvirt
 import pytest
 
-from tools import boot, deadline, guest_image, private_libvirtd
+from tools import boot, deadline, guest_image, linux_guest, private_libvirtd
 from tools.guest_image import ROOT_SAYS, SIZE_SAYS, GuestImage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +114,24 @@ def test_everything_ends_when_the_starting_process_is_killed(guest: GuestImage, 
         assert {"libvirtd", "qemu-system-x86"} <= _processes_of(folder)
         starting.kill()
         deadline.wait_for(lambda: not _processes_of(folder), seconds=30, what="end of the processes")
+
+
+def test_a_command_runs_on_a_kernel_of_its_own(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    script = f"test -e /dev/mapper/control && echo made >{inside}/file; echo lost >{outside}; uname -s; exit 7"
+    said: list[str] = []
+
+    status = linux_guest.run(["sh", "-c", script], shared=[inside], on_line=said.append, timeout=120)
+
+    assert (status, said) == (7, ["Linux"])
+    assert (inside / "file").read_text() == "made\n"
+    assert not outside.exists()
+
+
+def test_a_kernel_that_dies_shows_its_console() -> None:
+    with pytest.raises(RuntimeError, match=r"guest died[^$]*sysrq"):
+        linux_guest.run(["sh", "-c", "echo c >/proc/sysrq-trigger"], timeout=120)
 
 
 def test_demonstration_passes_and_leaves_nothing() -> None:
