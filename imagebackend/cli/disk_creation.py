@@ -20,7 +20,7 @@ from imagebackend.cli.parameters import (
     parse_size,
 )
 from imagebackend.cli.session import Session
-from imagebackend.cli.template import default_name, fetch_function
+from imagebackend.cli.template import default_name
 
 if TYPE_CHECKING:
     from imagebackend.images.base import Image
@@ -123,10 +123,9 @@ def _fetch(
             raise exceptions.TemplateNotFound(name, "add it with 'imagebackend template add', or say --from")
 
         return refuse
-    from imagebackend.templates.sources import open_source
+    from imagebackend.cli.shown_source import ShownSource
 
-    source = open_source(url, session.conf, checksum=checksum, disk_format=claimed)
-    return fetch_function(session, source, name)
+    return ShownSource(session, name, url, checksum=checksum, disk_format=claimed).fetch
 
 
 def _filler(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import urllib.parse
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,9 +18,8 @@ from imagebackend.cli.session import Session, Tally
 if TYPE_CHECKING:
     from imagebackend.templates.cache import Template
     from imagebackend.templates.leases import Lease
-    from imagebackend.templates.sources import Source
 
-__all__ = ["default_name", "fetch_function", "template"]
+__all__ = ["default_name", "template"]
 
 _EXTENSIONS = tuple(f".{extension}" for extension in (*FILE_FORMATS, "img", "iso", "vhd"))
 _SCHEMES = ("file", "http", "https")
@@ -100,19 +98,13 @@ def add(session: Session, name: str | None, claimed: str | None, checksum: str |
 
     The image comes from a file, or by http or https. It is converted to raw unless [DEFAULT] force_raw_images is off.
     """
-    from imagebackend.templates.sources import open_source
+    from imagebackend.cli.shown_source import ShownSource
 
     name = name or default_name(url)
-    source = open_source(url, session.conf, checksum=checksum, disk_format=claimed)
-    fetched = []
-
-    def fetch(target: str, progress: object = None) -> object:
-        fetched.append(target)
-        return fetch_function(session, source, name)(target, progress)
-
+    source = ShownSource(session, name, url, checksum=checksum, disk_format=claimed)
     with session.progress(f"Converting {name}") as progress:
-        added = session.backend.templates.fetch(name, fetch, progress=progress)
-    if not fetched:
+        added = session.backend.templates.fetch(name, source.fetch, progress=progress)
+    if not source.fetched:
         raise exceptions.TemplateExists(name, f"it came from {added.source}; remove it first, or choose another name")
     session.show(_document(added, []), f"template {name} added: {added.format}, {human_size(added.virtual_size)}")
 
@@ -205,17 +197,6 @@ def default_name(url: str) -> str:
         return names.check_name("template", name)
     except exceptions.InvalidName as error:
         raise click.UsageError(f"give a --name: {error}") from error
-
-
-def fetch_function(session: Session, source: Source, name: str) -> Callable[..., object]:
-    """Return the ``fetch_func`` of a source, which shows its own progress instead of its caller's."""
-
-    def fetch(target: str, progress: object = None) -> object:
-        del progress
-        with session.progress(f"Fetching {name}") as fetching:
-            return source.fetch(target, fetching)
-
-    return fetch
 
 
 def _document(shown: Template, leases: Any) -> dict[str, Any]:

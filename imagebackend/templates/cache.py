@@ -15,7 +15,7 @@ from oslo_config import cfg
 
 from imagebackend import exceptions, faults, locks, names
 from imagebackend.storage import digest, publish
-from imagebackend.templates import conversion, inspection, leases, record
+from imagebackend.templates import conversion, download, inspection, leases, record
 from imagebackend.templates.leases import Lease, Owner
 from imagebackend.templates.record import Template
 from imagebackend.templates.sources import Fetched
@@ -129,7 +129,8 @@ class TemplateCache:
         :raises InsufficientSpace: it does not fit into the file system.
         :raises LockTimeout: someone else was at it for longer than ``[DEFAULT] lock_timeout``.
 
-        An exception of ``fetch_func`` propagates. A failed fetch leaves nothing and is not remembered.
+        An exception of ``fetch_func`` propagates. A failed fetch is not remembered, and leaves nothing but, for a day
+        and under a temporary name, the part of an image that its source can go on with.
         """
         names.check_name("template", name)
         template = self._trusted(name, size)
@@ -258,8 +259,8 @@ class TemplateCache:
             faults.point("template.remove.record")
             there |= publish.remove_file(path)
             faults.point("template.remove.file")
-            for leftover in (self._download(name), publish.partial_path(path)):
-                there |= publish.remove_file(leftover)
+            there |= download.remove(self._download(name))
+            there |= publish.remove_file(publish.partial_path(path))
             with contextlib.suppress(OSError):
                 os.rmdir(self._leases(name))
         if not there:
@@ -299,21 +300,17 @@ class TemplateCache:
             )
         if progress is not None:
             kwargs = {**kwargs, "progress": progress}
-        download = self._download(name)
-        with contextlib.ExitStack() as undo:
-            try:
-                descriptor = publish.create(download)
-            except OSError as error:
-                raise exceptions.storage_error(error, download) from error
-            undo.callback(publish.remove_quietly, download)
-            # Open until it is synced: an error while writing back is reported to whoever had the file open.
-            undo.callback(os.close, descriptor)
+        partial = self._download(name)
+        resume = download.is_resumable(fetch_func)
+        if resume:
+            kwargs = {**kwargs, "resume": True}
+        with download.opened(partial, resume=resume):
             faults.point("template.fetch.start")
-            fetched = fetch_func(*args, target=download, **kwargs)
+            fetched = fetch_func(*args, target=partial, **kwargs)
             faults.point("template.fetch.fetched")
             with contextlib.ExitStack() as discard:
                 discard.callback(self._discard_quietly, name)
-                template = self._publish(name, download, fetched, fetch_func, size, progress)
+                template = self._publish(name, partial, fetched, fetch_func, size, progress)
                 discard.pop_all()
         LOG.info("template %s fetched from %s: %s, %d bytes", name, template.source, template.format, template.size)
         return template
@@ -321,7 +318,7 @@ class TemplateCache:
     def _publish(
         self,
         name: str,
-        download: str,
+        partial: str,
         fetched: object,
         fetch_func: FetchFunction,
         size: int | None,
@@ -329,7 +326,7 @@ class TemplateCache:
     ) -> Template:
         path = self.path(name)
         durable = self._conf.durable_writes
-        with _open_image(download) as image:
+        with _open_image(partial) as image:
             known = fetched if isinstance(fetched, Fetched) else None
             verdict = inspection.inspect(image, name, known.disk_format if known else None)
             self._check_size(name, verdict.virtual_size, size)
@@ -338,11 +335,11 @@ class TemplateCache:
             faults.point("template.fetch.inspected")
             if keep:
                 value = f"{digest.SHA256}:{sha256}" if sha256 else digest.compute(image, digest.BLOCKS, name, progress)
-                publish.commit(image, download, path, durable=durable)
+                publish.commit(image, partial, path, durable=durable)
             else:
-                value = self._convert(image, download, verdict, path, progress)
+                value = self._convert(image, partial, verdict, path, progress)
                 # Before the record: once the template is there, nobody looks for leftovers of its fetch.
-                publish.remove_file(download)
+                publish.remove_file(partial)
             faults.point("template.fetch.published")
             found = os.stat(path)
         template = Template(
@@ -365,11 +362,11 @@ class TemplateCache:
         return template
 
     def _convert(
-        self, image: int, download: str, verdict: inspection.Verdict, path: str, progress: Progress | None
+        self, image: int, fetched: str, verdict: inspection.Verdict, path: str, progress: Progress | None
     ) -> str:
         conversion.check_space(self._folder, verdict.allocated_size)
         with publish.new_file(path, durable=self._conf.durable_writes) as (target, partial):
-            value = conversion.to_raw(image, download, verdict, target, partial, self._conf, progress)
+            value = conversion.to_raw(image, fetched, verdict, target, partial, self._conf, progress)
             faults.point("template.fetch.converted")
         return value
 

@@ -74,7 +74,13 @@ class Fetched:
 
 
 class Source(abc.ABC):
-    """An image that can be fetched. Making the object touches nothing."""
+    """An image that can be fetched. Making the object touches nothing.
+
+    :ivar resumable: :meth:`fetch` takes ``resume=True``: the target may hold what an earlier call left there. A call
+        that fails because of the source leaves a file ``TARGET.part`` beside it, if another one can go on from there.
+    """
+
+    resumable = False
 
     @abc.abstractmethod
     def metadata(self) -> Metadata:

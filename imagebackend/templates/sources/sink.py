@@ -78,10 +78,12 @@ class Sink:
     :param source: where the content comes from, for errors.
     :param checksum: what the content must hash to; None: anything.
     :param progress: called with the bytes done and in all.
+    :param part: the file may hold something: :meth:`take_up` or :meth:`restart` comes first.
     :raises InsufficientSpace, PermissionDenied, StorageError: the file cannot be written; from every method.
 
     :ivar size: how many bytes have been taken.
     :ivar total: how many are expected; 0: not known.
+    :ivar checksum: what the content must hash to.
     """
 
     def __init__(
@@ -90,12 +92,15 @@ class Sink:
         source: str,
         checksum: Checksum | None = None,
         progress: Callable[[int, int], None] | None = None,
+        *,
+        part: bool = False,
     ) -> None:
         self.size = 0
         self.total = 0
+        self.checksum = checksum
         self._target = target
         self._source = source
-        self._checksum = checksum
+        self._part = part
         self._progress = progress
         self._reported = float("-inf")
         self._algorithms = sorted({_SHA256, checksum.algorithm if checksum else _SHA256})
@@ -103,7 +108,7 @@ class Sink:
         self._new_digests()
 
     def __enter__(self) -> Sink:
-        self._descriptor = _open(self._target)
+        self._descriptor = _open(self._target, self._part)
         # One thread for each digest keeps its blocks in order.
         self._threads = [futures.ThreadPoolExecutor(1, f"imagebackend-{name}") for name in self._algorithms]
         return self
@@ -181,6 +186,28 @@ class Sink:
         self._new_digests()
         self.size = 0
 
+    def take_up(self, size: int, sha256: str) -> bool:
+        """Count what the file holds as taken, if its first ``size`` bytes have that digest; else throw it away."""
+        try:
+            os.ftruncate(self._descriptor, size)
+            while self.size < size:
+                block = bytearray(min(size - self.size, BLOCK_SIZE))
+                if os.preadv(self._descriptor, [block], self.size) != len(block):
+                    break
+                self.take(block)
+                self.report()
+        except OSError as error:
+            raise exceptions.storage_error(error, self._target) from error
+        if self.size == size and self.sha256() == sha256:
+            return True
+        self.restart()
+        return False
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of what has been taken until now, in hexadecimal digits."""
+        self._drain()
+        return self._digests[self._algorithms.index(_SHA256)].hexdigest()
+
     def finish(self) -> str:
         """Check what has been taken, and return its SHA-256 in hexadecimal digits.
 
@@ -195,7 +222,7 @@ class Sink:
         except OSError as error:
             raise exceptions.storage_error(error, self._target) from error
         found = {name: digest.hexdigest() for name, digest in zip(self._algorithms, self._digests, strict=True)}
-        wanted = self._checksum
+        wanted = self.checksum
         if wanted is not None and found[wanted.algorithm] != wanted.hexdigest:
             raise exceptions.ChecksumMismatch(
                 self._source, wanted.algorithm, wanted.hexdigest, found[wanted.algorithm]
@@ -225,13 +252,13 @@ class Sink:
             update.result()
 
 
-def _open(target: str) -> int:
+def _open(target: str, part: bool) -> int:
     try:
         descriptor = os.open(target, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise exceptions.storage_error(error, target) from error
     found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_size:
+    if not stat.S_ISREG(found.st_mode) or (found.st_size and not part):
         os.close(descriptor)
         raise exceptions.InvalidArgument(f"target {target}: an empty regular file is needed")
     return descriptor
