@@ -68,7 +68,7 @@ class FileImage(Image):
         return Capabilities(
             snapshots=stored.can_snapshot(),
             clone=False,
-            flatten=stored.template_name() is not None if self.exists() else self.new_disk_depends,
+            flatten=stored.template_file() is not None if self.exists() else self.new_disk_depends,
             direct_snapshot=False,
             resize_running=True,
         )
@@ -160,7 +160,7 @@ class FileImage(Image):
     def flatten(self, *, progress: Progress | None = None) -> None:
         with self._file.lock():
             stored = self._settle()
-            if isinstance(stored, Qcow2File) and stored.template_name() is not None:
+            if isinstance(stored, Qcow2File) and stored.template_file() is not None:
                 self._file.refuse_in_use()
                 stored.flatten(progress)
                 LOG.info("disk %s flattened", self.path)
@@ -203,7 +203,7 @@ class FileImage(Image):
             if self._file.exists():
                 self._file.refuse_in_use()
                 with contextlib.suppress(exceptions.ImageUnacceptable, exceptions.Unsupported):
-                    template = self._stored().template_name()
+                    template = self._stored().template_file()
                     # A change that was cut short may hold another lease, too.
                     known = self._file.is_settled()
             self._file.remove_file()

@@ -49,8 +49,8 @@ class Qcow2(FileImage):
     def _create_from(self, template: Template, size: int, progress: Progress | None) -> None:
         options = creation_options(self.conf, backed=True)
         with contextlib.ExitStack() as undo:
-            self.templates.lease(template.name, self._file.owner)
-            undo.callback(self._release_quietly, template.name)
+            self.templates.lease(template.file, self._file.owner)
+            undo.callback(self._release_quietly, template.file)
             faults.point("disk.create.leased")
             with self._file.create("qcow2") as (descriptor, partial):
                 if is_plain(options):
@@ -73,8 +73,8 @@ class Qcow2(FileImage):
                     )
             undo.pop_all()
 
-    def _release_quietly(self, template: str) -> None:
+    def _release_quietly(self, file: str) -> None:
         # An undo step: the error that led here matters more. A disk that got its name all the same needs the lease.
         with contextlib.suppress(exceptions.ImageBackendError):
             if not os.path.lexists(self.path):
-                self.templates.release(template, self._file.owner)
+                self.templates.release(file, self._file.owner)

@@ -54,7 +54,7 @@ class Qcow2File:
                 self._put_back(intent["template"])
             self._release_unused(intent.get("leases", []))
             self._disk.settle()
-        template = self.template_name()
+        template = self.template_file()
         if template is not None:
             self._templates.lease(template, self._disk.owner)
 
@@ -69,8 +69,8 @@ class Qcow2File:
             options = self._disk.tool_options()
             qemu_img.resize(self._disk.path, "qcow2", size, preallocation=preallocation, **options)
 
-    def template_name(self) -> str | None:
-        """Return the name of the template that the disk depends on, or None."""
+    def template_file(self) -> str | None:
+        """Return the name, in the cache, of the template's file that the disk depends on, or None."""
         backing_file = self._header().backing_file
         return None if backing_file is None else os.path.basename(backing_file)
 
@@ -103,7 +103,7 @@ class Qcow2File:
 
     def flatten(self, progress: Progress | None) -> None:
         """Copy what the template has into the disk, and drop the lease."""
-        template = self.template_name()
+        template = self.template_file()
         if template is None:
             return
         self._refuse_snapshots("flatten")
@@ -117,13 +117,13 @@ class Qcow2File:
 
     def rebase(self, template: Template, *, unsafe: bool, progress: Progress | None) -> None:
         """Put the disk on another template, which the caller keeps from being removed."""
-        old = self.template_name()
-        leases = [old, template.name]
+        old = self.template_file()
+        leases = [old, template.file]
         self._refuse_snapshots("rebase")
         with contextlib.ExitStack() as undo:
             with self._disk.change("rebase", template=old, leases=leases):
                 undo.callback(self._settle_quietly)
-                self._templates.lease(template.name, self._disk.owner)
+                self._templates.lease(template.file, self._disk.owner)
                 options = self._disk.tool_options()
                 path, form = template.path, template.format
                 qemu_img.rebase(self._disk.path, "qcow2", path, form, unsafe=unsafe, progress=progress, **options)
@@ -166,8 +166,8 @@ class Qcow2File:
         """
         if template is None:
             backing: tuple[str | None, str | None] = None, None
-        elif any(lease.owner.link == self._disk.owner.link for lease in self._templates.leases(template)):
-            found = self._templates.get(template)
+        elif self._templates.is_leased(template, self._disk.owner):
+            found = self._templates.by_file(template)
             backing = found.path, found.format
         else:
             return  # the lease was dropped when all had been done
@@ -175,7 +175,7 @@ class Qcow2File:
 
     def _release_unused(self, templates: Iterable[str | None]) -> None:
         """Drop the leases on those of ``templates`` that the disk does not depend on, or no longer."""
-        used = self.template_name()
+        used = self.template_file()
         for name in templates:
             if name is not None and name != used:
                 self._templates.release(name, self._disk.owner)

@@ -45,7 +45,7 @@ class RawFile:
             if self._conf.durable_writes:
                 transfer.sync(descriptor, path)
 
-    def template_name(self) -> str | None:
+    def template_file(self) -> str | None:
         """Return None: the disk's data are its own."""
         return None
 

@@ -7,27 +7,29 @@ import contextlib
 import dataclasses
 import datetime
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from oslo_config import cfg
 
-from imagebackend import exceptions, faults, locks, names
+from imagebackend import exceptions, faults, names
 from imagebackend.storage import digest, publish
-from imagebackend.templates import conversion, download, inspection, leases, record
+from imagebackend.templates import download, fetching, inspection, leases, record
+from imagebackend.templates.fetching import FetchFunction, Progress, Request
+from imagebackend.templates.folder import TemplateFolder
 from imagebackend.templates.leases import Lease, Owner
 from imagebackend.templates.record import Template
-from imagebackend.templates.sources import Fetched
 
 __all__ = ["FetchFunction", "Template", "TemplateCache"]
 
 LOG = logging.getLogger(__name__)
 
-#: Called as ``fetch_func(target=path)``; writes the image to ``path``, an empty file. The ``fetch`` method of a
-#: source is one, and what it returns saves reading the image once more; any other result is ignored.
-FetchFunction = Callable[..., object]
-Progress = Callable[[int, int], None]
+# How often the use of a template is noted, in seconds: pruning counts in hours.
+_NOTE_EVERY = 300.0
+_HINT = "add it with 'imagebackend template add'"
 
 
 class TemplateCache:
@@ -40,21 +42,20 @@ class TemplateCache:
 
     def __init__(self, conf: cfg.ConfigOpts) -> None:
         self._conf = conf
-        instances = os.path.abspath(conf.instances_path)
-        self._folder: str = os.path.join(instances, conf.image_cache.subdirectory_name)
-        self._locks = f"{instances}/locks"
+        self._folder = TemplateFolder(conf)
+        self._noted: dict[str, float] = {}
 
     @property
     def folder(self) -> str:
         """The folder that holds the templates."""
-        return self._folder
+        return self._folder.path
 
     def path(self, name: str) -> str:
-        """Return the path that the template has, or would have.
+        """Return what agents may call a template by in place of its name: the path of its file, as a rule.
 
         :raises InvalidName: no template can be called that.
         """
-        return f"{self._folder}/{names.check_name('template', name)}"
+        return self._folder.file(record.check_reference(name))
 
     def name_of(self, base: str) -> str:
         """Return the name of the template that ``base`` means: a name, or a path in this cache.
@@ -62,9 +63,9 @@ class TemplateCache:
         :raises InvalidName: it is neither.
         """
         folder, slash, name = base.rpartition("/")
-        if slash and folder != self._folder:
-            raise exceptions.InvalidName("template", base, f"neither a name nor a path in {self._folder}")
-        return names.check_name("template", name)
+        if slash and folder != self._folder.path:
+            raise exceptions.InvalidName("template", base, f"neither a name nor a path in {self._folder.path}")
+        return record.check_reference(name)
 
     def get(self, name: str) -> Template:
         """Return a template that is in the cache.
@@ -72,10 +73,22 @@ class TemplateCache:
         :raises TemplateNotFound: it is not.
         :raises CorruptRecord: its record or its file is damaged.
         """
-        template = record.read(self._record(name), self.path(name))
+        record.check_reference(name)
+        template = self._folder.read(name) or self._folder.read(self._resolve(name))
         if template is None:
-            raise exceptions.TemplateNotFound(name, "add it with 'imagebackend template add'")
+            raise exceptions.TemplateNotFound(name, _HINT)
         return template
+
+    def by_file(self, file: str) -> Template:
+        """Return the template whose file has a name in the folder, which is what disks depend on, by its record alone.
+
+        :raises TemplateNotFound: none has.
+        :raises CorruptRecord: its record is damaged.
+        """
+        found = self._folder.find(record.check_reference(file))
+        if found is None:
+            raise exceptions.TemplateNotFound(file, _HINT)
+        return found
 
     def list(self) -> Sequence[Template]:
         """Return every template, sorted by name; one whose record is damaged is logged and left out.
@@ -97,14 +110,7 @@ class TemplateCache:
 
         :raises PermissionDenied, StorageError: the folder cannot be read.
         """
-        folder = f"{self._folder}/.records"
-        try:
-            entries = os.listdir(folder)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise exceptions.storage_error(error, folder) from error
-        return sorted(name.removesuffix(".json") for name in entries if not name.startswith("."))
+        return [name for name in self._folder.names() if "@" not in name]
 
     def fetch(
         self,
@@ -134,12 +140,12 @@ class TemplateCache:
         """
         names.check_name("template", name)
         template = self._trusted(name, size)
-        if template is None and os.path.lexists(self._record(name)):
+        if template is None and self._folder.is_recorded(name):
             self._examine(name, progress)
         if template is not None:
             return template
-        with self._lock(name):
-            return self._fetch_locked(name, fetch_func, args, size, progress, kwargs)
+        with self._folder.lock(name):
+            return self._fetch_locked(Request(name, fetch_func, args, kwargs, size, progress))
 
     @contextlib.contextmanager
     def use(
@@ -159,43 +165,55 @@ class TemplateCache:
         :param fetch_func: None: the template must be in the cache.
         :raises TemplateNotFound: it is not, and there is nothing to fetch it with.
         """
-        names.check_name("template", name)
+        record.check_reference(name)
         if fetch_func is None:
-            self._require(name)
+            name = self._require(name)
         while True:
-            with self._lock(name, shared=True):
+            with self._folder.lock(name, shared=True):
                 template = self._trusted(name, size)
                 if template is not None:
+                    self._note_use(template.file)
                     yield template
                     return
-            if os.path.lexists(self._record(name)):
+            if self._folder.is_recorded(name):
                 self._examine(name, progress)
             elif fetch_func is None:
                 self._require(name)
             else:
-                with self._lock(name):
-                    self._fetch_locked(name, fetch_func, args, size, progress, kwargs)
+                with self._folder.lock(name):
+                    self._fetch_locked(Request(name, fetch_func, args, kwargs, size, progress))
 
-    def lease(self, name: str, owner: Owner) -> None:
+    def last_used(self, template: Template) -> float:
+        """Return when a template was used last, in seconds since the epoch: fetched, or a disk made or dropped."""
+        known = datetime.datetime.fromisoformat(template.superseded or template.fetched).timestamp()
+        return max(known, leases.changed(self._folder.leases(template.file)))
+
+    def lease(self, file: str, owner: Owner) -> None:
         """Note that the disk ``owner`` depends on a template, within :meth:`use`.
 
+        :param file: the template's :attr:`~Template.file`.
         :raises InsufficientSpace, PermissionDenied, StorageError: it is not noted.
         """
-        leases.take(self._leases(name), owner)
+        leases.take(self._folder.leases(file), owner)
 
-    def release(self, name: str, owner: Owner) -> None:
+    def is_leased(self, file: str, owner: Owner) -> bool:
+        """Return whether ``owner`` has a lease on a template, by its :attr:`~Template.file`."""
+        return leases.holds(self._folder.leases(file), owner)
+
+    def release(self, file: str, owner: Owner) -> None:
         """Drop the lease that ``owner`` has on a template, if it has one.
 
+        :param file: the template's :attr:`~Template.file`.
         :raises PermissionDenied, StorageError: it still has it.
         """
-        leases.drop(self._leases(name), owner)
+        leases.drop(self._folder.leases(file), owner)
 
     def release_all(self, owner: Owner) -> None:
         """Drop every lease that ``owner`` has, when it is not known on which templates.
 
         :raises PermissionDenied, StorageError: it may still have some.
         """
-        folder = f"{self._folder}/.leases"
+        folder = f"{self.folder}/.leases"
         try:
             templates = os.listdir(folder)
         except FileNotFoundError:
@@ -210,8 +228,9 @@ class TemplateCache:
 
         :raises PermissionDenied, StorageError: they cannot be read.
         """
-        names.check_name("template", name)
-        return leases.read_all(self._leases(name), name)
+        record.check_reference(name)
+        found = [lease for file in self._files(name) for lease in leases.read_all(self._folder.leases(file), name)]
+        return sorted(found, key=lambda lease: lease.owner.link)
 
     def verify(self, name: str, progress: Progress | None = None) -> Template:
         """Read a template again and compare it with its digest.
@@ -221,15 +240,13 @@ class TemplateCache:
         :raises TemplateNotFound: it is not in the cache.
         :raises CorruptRecord: the record or the file is damaged.
         """
-        path = self.path(name)
-        if not os.path.lexists(self._record(name)):
-            raise exceptions.TemplateNotFound(name)
-        with self._lock(name, shared=True):
-            template = record.read(self._record(name), path, check_file=False)
+        name = self._require(record.check_reference(name), hint="")
+        with self._folder.lock(name, shared=True):
+            template = self._folder.read(name, check_file=False)
             if template is None:
                 raise exceptions.TemplateNotFound(name)
-            expected = template.digest
-            with _open_image(path) as descriptor:
+            path, expected = template.path, template.digest
+            with fetching.open_image(path) as descriptor:
                 # Before it is read: what is changed while it is read, behind the reader, must show as changed later.
                 found = os.fstat(descriptor)
                 actual = digest.compute(descriptor, expected.partition(":")[0], path, progress)
@@ -247,156 +264,104 @@ class TemplateCache:
 
         :raises TemplateNotFound: it is not in the cache.
         :raises TemplateInUse: disks hold leases on it.
+        :raises CorruptRecord: a newer release wrote its record.
         :raises LockTimeout: someone else was at it for longer than ``[DEFAULT] lock_timeout``.
         """
-        path = self.path(name)
-        with self._lock(name):
+        record.check_reference(name)
+        with self._folder.lock(name):
+            try:
+                self._folder.read(name, check_file=False)
+            except record.NewerRecord:
+                raise
+            except exceptions.CorruptRecord as error:
+                LOG.warning("removing template %s: %s", name, error)
             users = [f"{lease.owner.host}:{lease.owner.path}" for lease in self.leases(name)]
             if users:
                 raise exceptions.TemplateInUse(name, users)
+            files = self._files(name)
             # The record goes first: from then on nothing but a file without a meaning is left.
-            there = publish.remove_file(self._record(name))
+            there = self._folder.forget(name)
             faults.point("template.remove.record")
-            there |= publish.remove_file(path)
+            for file in files:
+                there |= publish.remove_file(self._folder.file(file))
             faults.point("template.remove.file")
-            there |= download.remove(self._download(name))
-            there |= publish.remove_file(publish.partial_path(path))
-            with contextlib.suppress(OSError):
-                os.rmdir(self._leases(name))
+            there |= download.remove(self._folder.download(name))
+            there |= publish.remove_file(publish.partial_path(self._folder.file(name)))
+            for file in files:
+                with contextlib.suppress(OSError):
+                    os.rmdir(self._folder.leases(file))
         if not there:
             raise exceptions.TemplateNotFound(name)
         LOG.info("template %s removed", name)
 
-    def _record(self, name: str) -> str:
-        return f"{self._folder}/.records/{name}.json"
+    def _files(self, name: str) -> Sequence[str]:
+        """Return the files of a template: one, unless its record cannot be understood."""
+        try:
+            template = self._folder.read(name, check_file=False)
+        except exceptions.CorruptRecord:
+            return self._folder.unclaimed(name)
+        return [name if template is None else template.file]
 
-    def _download(self, name: str) -> str:
-        return f"{self._folder}/.{name}.download"
-
-    def _leases(self, name: str) -> str:
-        return f"{self._folder}/.leases/{name}"
-
-    def _lock(self, name: str, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
-        # Exclusive holders remove the lock file, so that none is left for a template that could not be fetched.
-        path = f"{self._locks}/template-{name}"
-        return locks.hold(path, timeout=self._conf.lock_timeout, shared=shared, transient=not shared)
-
-    def _fetch_locked(
-        self,
-        name: str,
-        fetch_func: FetchFunction,
-        args: tuple[Any, ...],
-        size: int | None,
-        progress: Progress | None,
-        kwargs: dict[str, Any],
-    ) -> Template:
-        path = self.path(name)
-        template = record.read(self._record(name), path)
+    def _fetch_locked(self, request: Request) -> Template:
+        name = request.name
+        template = self._folder.read(name)
         if template is not None:
             return template
-        if os.path.lexists(path) and self.leases(name):
+        if os.path.lexists(self._folder.file(name)) and self.leases(name):
             raise exceptions.CorruptRecord(
-                self._record(name), "the template's record is gone while disks depend on its file; restore the record"
+                self._folder.record(name),
+                "the template's record is gone while disks depend on its file; restore the record",
             )
-        if progress is not None:
-            kwargs = {**kwargs, "progress": progress}
-        partial = self._download(name)
-        resume = download.is_resumable(fetch_func)
-        if resume:
-            kwargs = {**kwargs, "resume": True}
-        with download.opened(partial, resume=resume):
-            faults.point("template.fetch.start")
-            fetched = fetch_func(*args, target=partial, **kwargs)
-            faults.point("template.fetch.fetched")
-            with contextlib.ExitStack() as discard:
-                discard.callback(self._discard_quietly, name)
-                template = self._publish(name, partial, fetched, fetch_func, size, progress)
-                discard.pop_all()
+        with fetching.arriving(self._folder, request, name) as arrival, contextlib.ExitStack() as undo:
+            template = arrival.publish(name)
+            undo.callback(self._forget_quietly, name)
+            self._folder.write(template)
+            faults.point("template.fetch.recorded")
+            undo.pop_all()
         LOG.info("template %s fetched from %s: %s, %d bytes", name, template.source, template.format, template.size)
         return template
 
-    def _publish(
-        self,
-        name: str,
-        partial: str,
-        fetched: object,
-        fetch_func: FetchFunction,
-        size: int | None,
-        progress: Progress | None,
-    ) -> Template:
-        path = self.path(name)
-        durable = self._conf.durable_writes
-        with _open_image(partial) as image:
-            known = fetched if isinstance(fetched, Fetched) else None
-            verdict = inspection.inspect(image, name, known.disk_format if known else None)
-            self._check_size(name, verdict.virtual_size, size)
-            sha256 = known.sha256 if known else digest.compute(image, digest.SHA256, name, progress).partition(":")[2]
-            keep = verdict.format == "raw" or (verdict.format == "qcow2" and not self._conf.force_raw_images)
-            faults.point("template.fetch.inspected")
-            if keep:
-                value = f"{digest.SHA256}:{sha256}" if sha256 else digest.compute(image, digest.BLOCKS, name, progress)
-                publish.commit(image, partial, path, durable=durable)
-            else:
-                value = self._convert(image, partial, verdict, path, progress)
-                # Before the record: once the template is there, nobody looks for leftovers of its fetch.
-                publish.remove_file(partial)
-            faults.point("template.fetch.published")
-            found = os.stat(path)
-        template = Template(
-            name=name,
-            path=path,
-            format=verdict.format if keep else "raw",
-            virtual_size=verdict.virtual_size,
-            size=found.st_size,
-            modified=found.st_mtime_ns,
-            sha256=sha256,
-            digest=value,
-            source=known.source if known else f"{fetch_func.__module__}.{getattr(fetch_func, '__qualname__', '?')}",
-            source_format=verdict.format,
-            inspector=inspection.INSPECTOR_VERSION,
-            notes=verdict.notes,
-            fetched=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        )
-        record.write(self._record(name), template, durable=durable)
-        faults.point("template.fetch.recorded")
-        return template
-
-    def _convert(
-        self, image: int, fetched: str, verdict: inspection.Verdict, path: str, progress: Progress | None
-    ) -> str:
-        conversion.check_space(self._folder, verdict.allocated_size)
-        with publish.new_file(path, durable=self._conf.durable_writes) as (target, partial):
-            value = conversion.to_raw(image, fetched, verdict, target, partial, self._conf, progress)
-            faults.point("template.fetch.converted")
-        return value
-
-    def _discard_quietly(self, name: str) -> None:
-        # An undo step: the error that led here matters more. The record goes first, as in remove().
+    def _forget_quietly(self, name: str) -> None:
+        # An undo step: the error that led here matters more. The record goes before the file, as in remove().
         with contextlib.suppress(exceptions.ImageBackendError):
-            publish.remove_file(self._record(name))
-            publish.remove_file(self.path(name))
+            self._folder.forget(name)
 
-    def _check_size(self, name: str, virtual_size: int, size: int | None) -> None:
-        limit = self._conf.image_cache.max_virtual_size
-        if limit and virtual_size > limit:
-            reason = f"its virtual size is {virtual_size} bytes, [image_cache] max_virtual_size is {limit}"
-            raise exceptions.ImageUnacceptable(name, reason)
-        if size and virtual_size > size:
-            raise exceptions.DiskTooSmall(name, size, virtual_size, "the template's virtual size")
+    def _note_use(self, file: str) -> None:
+        """Note that a template is used, since disks that do not depend on it leave no trace, by its leases' folder."""
+        now = time.monotonic()
+        if now - self._noted.get(file, -math.inf) < _NOTE_EVERY:
+            return
+        self._noted[file] = now
+        # A folder that is read-only keeps nobody from using what is there.
+        with contextlib.suppress(OSError):
+            leases.touch(self._folder.leases(file))
 
-    def _require(self, name: str) -> None:
-        if not os.path.lexists(self._record(name)):
-            raise exceptions.TemplateNotFound(name, "add it with 'imagebackend template add'")
+    def _resolve(self, name: str) -> str:
+        """Return the name of the template that is meant: its own, or that of its file."""
+        if self._folder.is_recorded(name) or "@" not in name:
+            return name
+        found = self._folder.find(name)
+        return name if found is None else found.name
+
+    def _require(self, name: str, hint: str = _HINT) -> str:
+        """Return the name of the template that is meant.
+
+        :raises TemplateNotFound: there is none.
+        """
+        name = self._resolve(name)
+        if not self._folder.is_recorded(name):
+            raise exceptions.TemplateNotFound(name, hint)
+        return name
 
     def _trusted(self, name: str, size: int | None) -> Template | None:
         """Return the template if it may be used as it stands; None if it is absent, or to be examined first."""
         try:
-            template = record.read(self._record(name), self.path(name))
+            template = self._folder.read(name)
         except record.TouchedTemplate:
             return None
         if template is None or template.inspector != inspection.INSPECTOR_VERSION:
             return None
-        self._check_size(name, template.virtual_size, size)
+        fetching.check_size(self._conf, name, template.virtual_size, template.min_disk, size)
         return template
 
     def _examine(self, name: str, progress: Progress | None) -> None:
@@ -411,27 +376,15 @@ class TemplateCache:
             return  # removed meanwhile
         if template.inspector == inspection.INSPECTOR_VERSION:
             return
-        with _open_image(template.path) as image:
+        with fetching.open_image(template.path) as image:
             verdict = inspection.inspect(image, name, template.format)
         self._rewrite(template, inspector=inspection.INSPECTOR_VERSION, notes=verdict.notes)
 
     def _rewrite(self, template: Template, **changes: Any) -> Template:
         refreshed = dataclasses.replace(template, **changes)
         faults.point("template.verify.touched")
-        with self._lock(template.name):
+        with self._folder.lock(template.name):
             # It may have been removed, or fetched anew, since it was read.
-            if record.read(self._record(template.name), template.path, check_file=False) == template:
-                record.write(self._record(template.name), refreshed, durable=self._conf.durable_writes)
+            if self._folder.read(template.name, check_file=False) == template:
+                self._folder.write(refreshed)
         return refreshed
-
-
-@contextlib.contextmanager
-def _open_image(path: str) -> Iterator[int]:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise exceptions.storage_error(error, path) from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from imagebackend import exceptions
 
-__all__ = ["Lease", "Owner", "drop", "read_all", "take"]
+__all__ = ["Lease", "Owner", "changed", "drop", "holds", "read_all", "take", "touch"]
 
 
 # The path is absolute, or an image in a Ceph pool; the host may be an IPv6 address.
@@ -83,6 +83,11 @@ def drop(folder: str, owner: Owner) -> None:
         raise exceptions.storage_error(error, f"{folder}/{owner.link}") from error
 
 
+def holds(folder: str, owner: Owner) -> bool:
+    """Return whether ``owner`` has a lease in a template's folder of leases."""
+    return os.path.lexists(f"{folder}/{owner.link}")
+
+
 def read_all(folder: str, template: str) -> list[Lease]:
     """Return every lease in a template's folder of leases, sorted by disk.
 
@@ -104,3 +109,27 @@ def read_all(folder: str, template: str) -> list[Lease]:
     except OSError as error:
         raise exceptions.storage_error(error, folder) from error
     return found
+
+
+def changed(folder: str) -> float:
+    """Return when a template's folder of leases changed last, in seconds since the epoch; 0: there is none.
+
+    :raises PermissionDenied, StorageError: it cannot be known.
+    """
+    try:
+        return os.stat(folder).st_mtime
+    except FileNotFoundError:
+        return 0.0
+    except OSError as error:
+        raise exceptions.storage_error(error, folder) from error
+
+
+def touch(folder: str) -> None:
+    """Make a template's folder of leases one that was changed just now.
+
+    :raises OSError: as the operating system says.
+    """
+    try:
+        os.utime(folder)
+    except FileNotFoundError:
+        os.makedirs(folder, mode=0o755, exist_ok=True)

@@ -4,25 +4,58 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
+import re
 import stat
+from collections.abc import Mapping
 from typing import Any
 
-from imagebackend import exceptions
+from imagebackend import exceptions, names
 from imagebackend.storage import digest, publish
 
-__all__ = ["Template", "TouchedTemplate", "read", "write"]
+__all__ = [
+    "Happening",
+    "NewerRecord",
+    "Template",
+    "TouchedTemplate",
+    "base_name",
+    "check_reference",
+    "generation",
+    "now",
+    "read",
+    "write",
+]
 
-_VERSION = 1
+_VERSION = 2
 _LARGEST = 64 << 10
+#: How many happenings a record keeps: the first, and the latest of the others.
+_MOST_HAPPENINGS = 20
+
+_GENERATION_DIGITS = 16
+_GENERATION = re.compile(rf"[0-9a-f]{{{_GENERATION_DIGITS}}}\Z", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class Happening:
+    """Something that happened to a template.
+
+    :ivar event: ``fetched``, ``refetched``, ``verified``, ``damaged``, ``superseded``, ``pinned``, ``unpinned``.
+    :ivar time: when, as ISO 8601 in UTC.
+    :ivar detail: more about it, for people.
+    """
+
+    event: str
+    time: str
+    detail: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
     """A template in the cache.
 
-    :ivar name: its name.
+    :ivar name: its name; ``NAME@DIGITS``, the digits being the first of its digest, once another has taken the name.
     :ivar path: its file, absolute.
     :ivar format: ``raw`` or ``qcow2``, of the file in the cache.
     :ivar virtual_size: the size of the disk that it holds, in bytes.
@@ -36,6 +69,17 @@ class Template:
     :ivar inspector: the version of the inspector that accepted it.
     :ivar notes: what else the inspector saw, such as ``gpt``.
     :ivar fetched: when it was published, as ISO 8601 in UTC.
+    :ivar file: the name of its file in the folder of the cache, which its leases go by.
+    :ivar etag: what identified the state of the image at its source; empty if nothing did.
+    :ivar last_modified: when the source said that it was changed last, as a date of HTTP; empty if it did not.
+    :ivar compression: how the image was compressed at its source, such as ``xz``; empty if it was not.
+    :ivar content_sha256: the digest of the image once decompressed; empty if it was not compressed.
+    :ivar min_disk: the size of the smallest disk that the image is meant for, in bytes; 0: its virtual size.
+    :ivar labels: the operator's own facts about it.
+    :ivar pinned: whether pruning leaves it alone.
+    :ivar superseded: when another image took its name, as ISO 8601 in UTC; empty as long as none has.
+    :ivar quarantined: why no disk must be made from it any more; empty for a sound one.
+    :ivar history: what happened to it: how it began, and what came last.
     """
 
     name: str
@@ -51,78 +95,183 @@ class Template:
     inspector: int
     notes: tuple[str, ...]
     fetched: str
+    file: str
+    etag: str = ""
+    last_modified: str = ""
+    compression: str = ""
+    content_sha256: str = ""
+    min_disk: int = 0
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    pinned: bool = False
+    superseded: str = ""
+    quarantined: str = ""
+    history: tuple[Happening, ...] = dataclasses.field(default=(), compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, as JSON can hold them."""
-        return {**dataclasses.asdict(self), "notes": list(self.notes)}
+        return {**dataclasses.asdict(self), "notes": list(self.notes), "history": list(map(vars, self.history))}
+
+    def after(self, event: str, detail: str = "", **changes: Any) -> Template:
+        """Return the template with some fields changed, and with what happened added to its history."""
+        history = (*self.history, Happening(event, now(), detail))
+        if len(history) > _MOST_HAPPENINGS:
+            history = (history[0], *history[1 - _MOST_HAPPENINGS :])
+        return dataclasses.replace(self, **changes, history=history)
 
 
-_KINDS = {field.name: field.type for field in dataclasses.fields(Template) if field.name != "path"}
+_TEXTS = (
+    *("name", "format", "sha256", "digest", "source", "source_format", "fetched", "file", "etag", "last_modified"),
+    *("compression", "content_sha256", "superseded", "quarantined"),
+)
+_NUMBERS = ("virtual_size", "size", "modified", "inspector", "min_disk")
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(_TEXTS, str),
+    **dict.fromkeys(_NUMBERS, int),
+    "pinned": bool,
+    "notes": list,
+    "labels": dict,
+    "history": list,
+}
+# What version 1 had.
+_FIRST_VERSION = (
+    *("name", "format", "virtual_size", "size", "modified", "sha256", "digest", "source", "source_format"),
+    *("inspector", "notes", "fetched"),
+)
+
+
+def now() -> str:
+    """Return the time, as records have it: ISO 8601 in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def generation(name: str, value: str) -> str:
+    """Return what a template is called, or its file, when the name alone means another.
+
+    :param name: the name that it had.
+    :param value: its digest, as ``algorithm:hex``.
+    """
+    return f"{base_name(name)}@{value.rpartition(':')[2][:_GENERATION_DIGITS]}"
+
+
+def base_name(name: str) -> str:
+    """Return the name that a template, or its file, has or had."""
+    return name.partition("@")[0]
+
+
+def check_reference(name: object) -> str:
+    """Return what may mean a template: a name, or ``NAME@DIGITS``.
+
+    :raises InvalidName: it can mean none.
+    """
+    if isinstance(name, str) and "@" in name and _GENERATION.match(name.partition("@")[2]):
+        names.check_name("template", base_name(name))
+        return name
+    return names.check_name("template", name)
 
 
 def write(record_path: str, template: Template, *, durable: bool) -> None:
     """Publish a record; from now on the template is there.
 
+    :raises InvalidArgument: it would be larger than what is read again.
     :raises InsufficientSpace, PermissionDenied, StorageError: it is not.
     """
-    content = {"version": _VERSION, **template.as_dict()}
-    del content["path"]
-    publish.write_file(record_path, json.dumps(content, indent=1).encode() + b"\n", durable=durable)
+    fields = {"version": _VERSION, **template.as_dict()}
+    del fields["path"]
+    content = json.dumps(fields, indent=1).encode() + b"\n"
+    if len(content) >= _LARGEST:
+        reason = f"its labels and notes take too much: {len(content)} bytes, {_LARGEST - 1} at most"
+        raise exceptions.InvalidArgument(f"the record of template {template.name}: {reason}")
+    publish.write_file(record_path, content, durable=durable)
     if durable:
         publish.sync_folder(os.path.dirname(record_path))
 
 
-def read(record_path: str, path: str, *, check_file: bool = True) -> Template | None:
+def read(record_path: str, folder: str, *, check_file: bool = True) -> Template | None:
     """Return the template that is recorded, or None if none is.
 
-    :param record_path: the record.
-    :param path: the template's file.
+    :param record_path: the record, ``…/NAME.json``.
+    :param folder: where the templates' files are.
     :param check_file: make sure that it has the length and time of change that were recorded.
+    :raises NewerRecord: a newer release wrote it.
     :raises CorruptRecord: the record cannot be understood, or the file is not the one that was recorded.
     """
     content = publish.read_file(record_path, _LARGEST)
     if content is None:
         return None
-    template = _parse(record_path, path, content)
+    template = _parse(record_path, folder, content)
     if check_file:
         _check_file(template)
     return template
 
 
-def _parse(record_path: str, path: str, content: bytes) -> Template:
+def _parse(record_path: str, folder: str, content: bytes) -> Template:
     way_out = "remove the template and add it again"
     try:
         fields = json.loads(content)
         version = fields.pop("version")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise exceptions.CorruptRecord(record_path, f"not a template's record ({error}); {way_out}") from error
-    if version != _VERSION:
-        reason = f"version {version!r} is not known here; it was written by another release"
-        raise exceptions.CorruptRecord(record_path, reason)
-    for name, kind in _KINDS.items():
-        expected = {"str": str, "int": int}.get(str(kind), list)
+    if type(version) is int and version > _VERSION:
+        reason = f"written by a newer release (version {version}, known here are 1 to {_VERSION}); update this host"
+        raise NewerRecord(record_path, reason)
+    if type(version) is not int or version < 1:
+        raise exceptions.CorruptRecord(record_path, f"no record has version {version!r}; {way_out}")
+    if version == 1:
+        fields |= _since_version_2(fields)
+    for name, expected in _KINDS.items():
         if type(fields.get(name)) is not expected:
             raise exceptions.CorruptRecord(record_path, f"{name} is missing or not a {expected.__name__}; {way_out}")
-    # A later release may add fields; those it has to have are checked above.
+    try:
+        history = tuple(Happening(each["event"], each["time"], each["detail"]) for each in fields["history"])
+    except (KeyError, TypeError) as error:
+        raise exceptions.CorruptRecord(record_path, f"history is damaged ({error!r}); {way_out}") from error
+    # Fields that a later release of the same version adds are passed over.
     known = {name: fields[name] for name in _KINDS}
-    template = Template(**{**known, "notes": tuple(known["notes"]), "path": path})
-    if not _is_possible(template):
+    known |= {"notes": tuple(fields["notes"]), "history": history, "path": f"{folder}/{fields['file']}"}
+    template = Template(**known)
+    if template.name != os.path.basename(record_path).removesuffix(".json") or not _is_possible(template):
         raise exceptions.CorruptRecord(record_path, f"no template can be what it says; {way_out}")
     return template
 
 
+def _since_version_2(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return what version 2 has besides, for the fields of a record of version 1."""
+    fetched = Happening("fetched", fields.get("fetched", ""), fields.get("source", ""))
+    made_up: dict[str, Any] = {name: expected() for name, expected in _KINDS.items() if name not in _FIRST_VERSION}
+    return {**made_up, "file": fields.get("name"), "history": [vars(fetched)]}
+
+
 def _is_possible(template: Template) -> bool:
+    told = (text for each in template.history for text in vars(each).values())
+    texts = (*template.notes, *template.labels.values(), *told)
     return (
-        template.name == os.path.basename(template.path)
+        _is_file_of(template)
         and template.format in ("raw", "qcow2")
-        and min(template.virtual_size, template.size) >= 0
+        and min(template.virtual_size, template.size, template.min_disk) >= 0
         and template.digest.partition(":")[0] in (digest.SHA256, digest.BLOCKS)
-        and all(isinstance(note, str) for note in template.notes)
+        and all(isinstance(text, str) for text in texts)
+        and all(map(_is_time, filter(None, (template.fetched or "?", template.superseded))))
     )
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return datetime.datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def _is_file_of(template: Template) -> bool:
+    name, at, digits = template.file.partition("@")
+    return name == base_name(template.name) and (not at or _GENERATION.match(digits) is not None)
 
 
 class TouchedTemplate(exceptions.CorruptRecord):
     """The file has the length that was recorded, but was changed, copied or touched since."""
+
+
+class NewerRecord(exceptions.CorruptRecord):
+    """A newer release wrote the record: what it says is not known here, so nothing is done with the template."""
 
 
 def _check_file(template: Template) -> None:

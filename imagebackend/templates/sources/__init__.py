@@ -61,6 +61,7 @@ class Fetched:
     :ivar last_modified: as in :class:`Metadata`; None: the source did not say.
     :ivar compression: ``gzip``, ``bzip2``, ``xz`` or ``zstd``, if the image was published so and decompressed here.
     :ivar content_sha256: of what was written, if that is not what was published; None: it is.
+    :ivar min_disk: as in :class:`Metadata`; 0: the source did not say.
     """
 
     source: str
@@ -71,6 +72,7 @@ class Fetched:
     last_modified: str | None = None
     compression: str | None = None
     content_sha256: str | None = None
+    min_disk: int = 0
 
 
 class Source(abc.ABC):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import hashlib
 import logging
 import os
@@ -442,7 +444,7 @@ class TestListingAndRemoving:
         assert list(cache.cache.leases("second")) == []
         assert list(cache.cache.leases("none")) == []
 
-    @pytest.mark.parametrize("content", ["", "{", '{"version": 9}'])
+    @pytest.mark.parametrize("content", ["", "{", '{"version": 0}'])
     def test_a_template_with_a_damaged_record_can_be_removed_and_added_again(self, cache, content):
         cache.fetch()
         (Path(cache.cache.folder) / ".records" / "template.json").write_text(content)
@@ -451,6 +453,73 @@ class TestListingAndRemoving:
         cache.cache.remove("template")
         assert cache.fetch() == cache.cache.get("template")
         assert cache.fetches == 2
+
+    def test_a_template_of_a_newer_release_is_left_alone(self, cache):
+        template = cache.fetch()
+        record = Path(cache.cache.folder) / ".records" / "template.json"
+        content = record.read_text().replace('"version": 2', '"version": 3')
+        record.write_text(content)
+        for act in (
+            cache.fetch,
+            lambda: cache.cache.get("template"),
+            lambda: cache.cache.verify("template"),
+            lambda: cache.cache.remove("template"),
+            lambda: cache.cache.use("template").__enter__(),
+        ):
+            with pytest.raises(exceptions.CorruptRecord, match="newer release"):
+                act()
+        assert record.read_text() == content
+        assert sha256(template.path) == template.sha256
+        assert cache.fetches == 1
+
+    def test_a_damaged_record_does_not_hide_who_depends_on_the_file(self, cache):
+        cache.fetch()
+        cache.cache.lease("template", OWNER)
+        (Path(cache.cache.folder) / ".records" / "template.json").write_text("{")
+        assert [lease.owner for lease in cache.cache.leases("template")] == [OWNER]
+        with pytest.raises(exceptions.TemplateInUse):
+            cache.cache.remove("template")
+        cache.cache.release("template", OWNER)
+        cache.cache.remove("template")
+        assert cache.files() == []
+
+
+class TestUse:
+    def test_the_last_use_is_when_a_disk_was_made_or_dropped(self, cache):
+        template = cache.fetch()
+        folder = Path(cache.cache.folder) / ".leases" / "template"
+        published = datetime.datetime.fromisoformat(template.fetched).timestamp()
+        assert cache.cache.last_used(template) == published
+        for act in (
+            lambda: cache.cache.lease("template", OWNER),
+            lambda: cache.cache.release("template", OWNER),
+        ):
+            cache.cache.lease("template", dataclasses.replace(OWNER, disk="other"))
+            os.utime(folder, (0, 0))
+            assert cache.cache.last_used(template) == published
+            act()
+            assert cache.cache.last_used(template) == folder.stat().st_mtime >= published
+
+    def test_a_use_without_a_lease_is_noted_and_not_each_time(self, cache):
+        template = cache.fetch()
+        folder = Path(cache.cache.folder) / ".leases" / "template"
+        with cache.cache.use("template"):
+            pass
+        assert cache.cache.last_used(template) == folder.stat().st_mtime
+        os.utime(folder, (0, 0))
+        with cache.cache.use("template"):
+            pass
+        assert folder.stat().st_mtime == 0
+        another = TemplateCache(cache.conf)
+        with another.use("template"):
+            pass
+        assert folder.stat().st_mtime > 0
+
+    def test_a_template_is_found_by_its_file(self, cache):
+        template = cache.fetch()
+        assert cache.cache.by_file("template") == template
+        with pytest.raises(exceptions.TemplateNotFound):
+            cache.cache.by_file("template@0123456789abcdef")
 
 
 class TestRights:

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of the cache: what is called what there, and under which locks it is changed.
+
+::
+
+    NAME                    a template's file; NAME@DIGITS, if another has or had that name
+    .NAME.download          while it is fetched
+    .NAME.partial           while it is converted
+    .records/NAME.json      its record
+    .leases/FILE/           who depends on its file
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+
+from oslo_config import cfg
+
+from imagebackend import exceptions, locks
+from imagebackend.storage import publish
+from imagebackend.templates import record
+from imagebackend.templates.record import Template
+
+__all__ = ["TemplateFolder"]
+
+
+class TemplateFolder:
+    """The folder that holds the templates, which other hosts may share. Making the object does no I/O.
+
+    :param conf: options of this library.
+    :ivar path: the folder, absolute.
+    :ivar locks: the folder of the lock files.
+    """
+
+    def __init__(self, conf: cfg.ConfigOpts) -> None:
+        instances = os.path.abspath(conf.instances_path)
+        self.conf = conf
+        self.path: str = os.path.join(instances, conf.image_cache.subdirectory_name)
+        self.locks = f"{instances}/locks"
+
+    def file(self, name: str) -> str:
+        """Return the path of a file by its name in the folder."""
+        return f"{self.path}/{name}"
+
+    def download(self, name: str) -> str:
+        """Return where a template is fetched to."""
+        return f"{self.path}/.{name}.download"
+
+    def record(self, name: str) -> str:
+        """Return the path of a template's record."""
+        return f"{self.path}/.records/{name}.json"
+
+    def leases(self, file: str) -> str:
+        """Return the folder of the leases on a template's file."""
+        return f"{self.path}/.leases/{file}"
+
+    def lock(
+        self, name: str, *, shared: bool = False, timeout: float | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock under which a template, and all that had its name before, is changed, or kept as it is.
+
+        :param timeout: seconds to wait at most; None: ``[DEFAULT] lock_timeout``.
+        :raises LockTimeout: someone else held it all that time.
+        """
+        # Exclusive holders remove the lock file, so that none is left for a template that could not be fetched.
+        path = f"{self.locks}/template-{record.base_name(name)}"
+        timeout = self.conf.lock_timeout if timeout is None else timeout
+        return locks.hold(path, timeout=timeout, shared=shared, transient=not shared)
+
+    def is_recorded(self, name: str) -> bool:
+        """Return whether a template is there."""
+        return os.path.lexists(self.record(name))
+
+    def read(self, name: str, *, check_file: bool = True) -> Template | None:
+        """Return what is recorded of a template, or None.
+
+        :param check_file: make sure that its file has the length and time of change that were recorded.
+        :raises CorruptRecord: the record cannot be understood, or the file is not the one that was recorded.
+        """
+        return record.read(self.record(name), self.path, check_file=check_file)
+
+    def write(self, template: Template) -> None:
+        """Record a template; from now on it is there.
+
+        :raises InsufficientSpace, PermissionDenied, StorageError: it is not, or still as it was recorded before.
+        """
+        record.write(self.record(template.name), template, durable=self.conf.durable_writes)
+
+    def forget(self, name: str) -> bool:
+        """Remove a template's record; return whether there was one.
+
+        :raises PermissionDenied, StorageError: it is still there.
+        """
+        return publish.remove_file(self.record(name))
+
+    def names(self) -> Sequence[str]:
+        """Return the names of all records, sorted, whether they are sound or not.
+
+        :raises PermissionDenied, StorageError: the folder cannot be read.
+        """
+        folder = f"{self.path}/.records"
+        try:
+            entries = os.listdir(folder)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise exceptions.storage_error(error, folder) from error
+        return sorted(name.removesuffix(".json") for name in entries if not name.startswith("."))
+
+    def generations(self, name: str) -> Sequence[str]:
+        """Return the names of the templates that had a name before, sorted.
+
+        :raises PermissionDenied, StorageError: the folder cannot be read.
+        """
+        return [each for each in self.names() if each.startswith(f"{record.base_name(name)}@")]
+
+    def find(self, file: str) -> Template | None:
+        """Return the template whose file has a name, by the records alone, or None.
+
+        :raises CorruptRecord: a record that may be its cannot be understood.
+        """
+        name = record.base_name(file)
+        for each in (name, file, *self.generations(file)):
+            template = self.read(each, check_file=False)
+            if template is not None and template.file == file:
+                return template
+        return None
+
+    def unclaimed(self, name: str) -> Sequence[str]:
+        """Return the files that have or had a name, sorted, but for those that other sound records say are theirs.
+
+        :raises PermissionDenied, StorageError: the folder cannot be read.
+        """
+        base = record.base_name(name)
+        claimed = set()
+        for each in {base, *self.generations(base)} - {name}:
+            with contextlib.suppress(exceptions.CorruptRecord):
+                template = self.read(each, check_file=False)
+                claimed.add(template.file if template is not None else "")
+        try:
+            entries = os.listdir(self.path)
+        except OSError as error:
+            raise exceptions.storage_error(error, self.path) from error
+        return sorted(each for each in entries if record.base_name(each) == base and each not in claimed)
