@@ -29,6 +29,8 @@
     │   ├── InsufficientSpace
     │   └── PermissionDenied
     ├── FetchFailed                a source did not deliver
+    │   ├── FetchDenied            it wants credentials, or others
+    │   ├── SignatureInvalid       a checksum file is not signed as it has to be
     │   └── ChecksumMismatch
     ├── ToolFailed                 a command exited with an error
     │   └── ToolMissing
@@ -60,6 +62,7 @@ __all__ = [
     "DiskInUse",
     "DiskNotFound",
     "DiskTooSmall",
+    "FetchDenied",
     "FetchFailed",
     "FetchTimeout",
     "ImageBackendError",
@@ -72,6 +75,7 @@ __all__ = [
     "LockTimeout",
     "NotFound",
     "PermissionDenied",
+    "SignatureInvalid",
     "SnapshotExists",
     "SnapshotNotFound",
     "StorageError",
@@ -327,6 +331,14 @@ class FetchFailed(ImageBackendError):
         super().__init__(f"cannot fetch {source}: {reason}")
         self.source = source
         self.reason = reason
+
+
+class FetchDenied(FetchFailed):
+    """The source wants credentials and got none, or does not grant the image to those that it got."""
+
+
+class SignatureInvalid(FetchFailed):
+    """A publisher's checksum file is not signed by a key that the operator trusts."""
 
 
 class ChecksumMismatch(FetchFailed):

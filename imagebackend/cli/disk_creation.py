@@ -43,7 +43,11 @@ _CONTENTS = ("blank", "ephemeral", "swap")
     metavar="FORMAT",
     help="With --from: refuse an image in another format.",
 )
-@click.option("--checksum", metavar="ALG:HEX", help="With --from: refuse an image with another digest.")
+@click.option(
+    "--checksum",
+    metavar="ALG:HEX_OR_URL",
+    help="With --from: refuse an image with another digest, as for template add.",
+)
 @click.option("--blank", "content", flag_value="blank", help="Make an empty disk, without a template.")
 @click.option("--ephemeral", "content", flag_value="ephemeral", help="Make a disk with an empty file system.")
 @click.option("--swap", "content", flag_value="swap", help="Make a swap disk.")

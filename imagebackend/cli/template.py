@@ -90,7 +90,11 @@ def check(session: Session, claimed: str, file: str) -> None:
     metavar="FORMAT",
     help="Refuse an image that is not in this format.",
 )
-@click.option("--checksum", metavar="ALG:HEX", help="Refuse an image with another digest, such as sha256:9f86d0….")
+@click.option(
+    "--checksum",
+    metavar="ALG:HEX_OR_URL",
+    help="Refuse an image with another digest: sha256:9f86d0…, or the URL of the publisher's checksum file.",
+)
 @click.argument("url", metavar="URL_OR_FILE")
 @click.pass_obj
 def add(session: Session, name: str | None, claimed: str | None, checksum: str | None, url: str) -> None:

@@ -35,4 +35,12 @@ come back later (429).
         min=0,
         help="The largest virtual size, in bytes, that a template may have. 0: no limit.",
     ),
+    cfg.StrOpt(
+        "checksum_keyring",
+        help="""
+A file of public OpenPGP keys, as 'gpg --export' writes it. If it is set, every checksum file (SHA256SUMS) that a
+checksum is taken from must be signed by one of them: in itself, or by a file beside it with .gpg, .sign, .asc or .sig
+after its name. gpgv verifies it.
+""",
+    ),
 )

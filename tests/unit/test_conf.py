@@ -58,6 +58,7 @@ OWN = {
     ("libvirt", "images_qcow2_extended_l2"),
     ("libvirt", "images_qcow2_lazy_refcounts"),
     ("libvirt", "images_qcow2_compression_type"),
+    ("image_cache", "checksum_keyring"),
     ("image_cache", "fetch_timeout"),
     ("image_cache", "fetch_retries"),
     ("image_cache", "max_virtual_size"),

@@ -53,6 +53,8 @@ ERRORS: list[tuple[type[Exception], tuple[Any, ...], dict[str, Any]]] = [
     (exceptions.PermissionDenied, ("/p",), {"path": "/p", "errno": errno.EACCES}),
     (exceptions.PermissionDenied, ("/p", errno.EROFS), {"path": "/p", "errno": errno.EROFS}),
     (exceptions.FetchFailed, ("url", "why"), {"source": "url", "reason": "why"}),
+    (exceptions.FetchDenied, ("url", "why"), {"source": "url", "reason": "why"}),
+    (exceptions.SignatureInvalid, ("url", "why"), {"source": "url", "reason": "why"}),
     (
         exceptions.ChecksumMismatch,
         ("url", "md5", "aa", "bb"),

@@ -143,7 +143,8 @@ def open_source(
         that has a colon in its first part is written with ``./`` before it.
     :param conf: options of this library.
     :param checksum: what the image must hash to, as it is published, as ``algorithm:hex``, where algorithm is sha256,
-        sha384, sha512, or, against accidents only, sha1 or md5.
+        sha384, sha512, or, against accidents only, sha1 or md5; or the URL of a publisher's checksum file
+        (``SHA256SUMS``), or its path, with a ``/`` in it, where the image's file name is looked up.
     :param disk_format: the format that the image is claimed to have, by its name in qemu-img.
     :raises InvalidArgument: the URL or the checksum cannot be used, or nothing knows the scheme.
     :raises InvalidConfiguration: the package that adds the scheme is broken.

@@ -11,7 +11,6 @@ import os
 import pathlib
 import stat
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator
 
 from oslo_config import cfg
@@ -19,7 +18,9 @@ from oslo_config import cfg
 from imagebackend import exceptions
 from imagebackend.storage import reflink
 from imagebackend.templates.sources import Fetched, Metadata, Progress, Source
-from imagebackend.templates.sources.sink import BLOCK_SIZE, Sink, parse_checksum
+from imagebackend.templates.sources.document import path_of
+from imagebackend.templates.sources.expectation import Expectation
+from imagebackend.templates.sources.sink import BLOCK_SIZE, Sink
 
 __all__ = ["FileSource"]
 
@@ -38,21 +39,23 @@ class FileSource(Source):
     def __init__(
         self, url: str, conf: cfg.ConfigOpts, *, checksum: str | None = None, disk_format: str | None = None
     ) -> None:
-        self._path = _path(url)
+        self._path = path_of(url)
         self._source = pathlib.PurePath(self._path).as_uri()
-        self._checksum = parse_checksum(checksum) if checksum is not None else None
+        self._expected = Expectation(checksum, os.path.basename(self._path), conf)
         self._disk_format = disk_format
         self._clone = conf.reflink != "never"
 
     def metadata(self) -> Metadata:
         with self._open() as (_, found):
-            checksum = str(self._checksum) if self._checksum else None
-            return Metadata(self._source, found.st_size, self._disk_format, checksum, *_state(found))
+            checksum = self._expected.checksum()
+            shown = str(checksum) if checksum else None
+            return Metadata(self._source, found.st_size, self._disk_format, shown, *_state(found))
 
     def fetch(self, target: str, progress: Progress | None = None) -> Fetched:
         started = time.monotonic()
         LOG.info("fetching %s", self._source)
-        with self._open() as (descriptor, before), Sink(target, self._source, self._checksum, progress) as sink:
+        checksum = self._expected.checksum(progress)
+        with self._open() as (descriptor, before), Sink(target, self._source, checksum, progress) as sink:
             if self._clone and reflink.clone_file(descriptor, sink.fileno()):
                 sink.expect(before.st_size, required=0)
                 self._read(sink.fileno(), before.st_size, sink, sink.take)
@@ -117,26 +120,3 @@ class FileSource(Source):
 def _state(found: os.stat_result) -> tuple[str, str]:
     # Dates of HTTP are in whole seconds.
     return f'"{found.st_size:x}-{found.st_mtime_ns:x}"', email.utils.formatdate(found.st_mtime, usegmt=True)
-
-
-def _path(url: str) -> str:
-    path = _path_of_url(url) if url.lower().startswith("file:") else url
-    if not path or "\0" in path:
-        raise exceptions.InvalidArgument(f"path {path!r}: empty, or with a zero byte")
-    # Not normalized: '..' behind a symbolic link does not lead where the text says.
-    return os.path.join(os.getcwd(), path)
-
-
-def _path_of_url(url: str) -> str:
-    # Not urlsplit, which drops line feeds and tabs without a word.
-    rest = url.partition(":")[2]
-    if "?" in rest or "#" in rest:
-        raise exceptions.InvalidArgument("file URL: '?' and '#' in a file name are written %3F and %23")
-    if rest.startswith("//"):
-        host, slash, path = rest[2:].partition("/")
-        if host.lower() not in ("", "localhost"):
-            raise exceptions.InvalidArgument("file URL: it names another host; 'file:///path' is a file of this one")
-        rest = slash + path
-    if not rest.startswith("/"):
-        raise exceptions.InvalidArgument("file URL: an absolute path is needed, as in 'file:///path'")
-    return os.fsdecode(urllib.parse.unquote_to_bytes(rest))

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from oslo_config import cfg
 from urllib3.response import HTTPResponse
 
-from imagebackend import exceptions
 from imagebackend.templates.sources import Fetched, Metadata, Progress, Source, http_headers, is_same
+from imagebackend.templates.sources.checksum import Checksum
+from imagebackend.templates.sources.expectation import Expectation
 from imagebackend.templates.sources.http_connection import TransferError
 from imagebackend.templates.sources.http_resource import Resource
 from imagebackend.templates.sources.http_transfer import Transfer
-from imagebackend.templates.sources.sink import Sink, parse_checksum
+from imagebackend.templates.sources.sink import Sink
 
 __all__ = ["HttpSource"]
 
@@ -50,63 +51,66 @@ class HttpSource(Source):
         disk_format: str | None = None,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._resource = Resource(url, conf)
+        self._resource = Resource(url, conf, wait=wait)
         self._source = self._resource.shown
-        self._checksum = parse_checksum(checksum) if checksum is not None else None
+        self._expected = Expectation(checksum, self._resource.name, conf, wait=wait)
         self._disk_format = disk_format
-        self._retries: int = conf.image_cache.fetch_retries
-        self._wait = wait
 
     def metadata(self) -> Metadata:
+        checksum = self._expected.checksum()
         with self._ask({}) as response:
-            return self._metadata_of(response)
+            return self._metadata_of(response, checksum)
 
     def unchanged_since(self, *, sha256: str = "", etag: str | None = None, last_modified: str | None = None) -> bool:
-        if sha256 and self._checksum is not None and self._checksum.algorithm == "sha256":
-            return self._checksum.hexdigest == sha256
+        checksum = self._expected.checksum()
+        if sha256 and checksum is not None and checksum.algorithm == "sha256":
+            return checksum.hexdigest == sha256
         if etag and http_headers.is_etag(etag):
             condition = {"If-None-Match": etag}
         elif last_modified and http_headers.is_date(last_modified):
             condition = {"If-Modified-Since": last_modified}
         else:
             return False
-        with self._ask(condition) as response:
+        with self._ask(condition, http.HTTPStatus.NOT_MODIFIED) as response:
             if response.status == http.HTTPStatus.NOT_MODIFIED:
                 return True
-            return is_same(self._metadata_of(response), sha256=sha256, etag=etag, last_modified=last_modified)
+            return is_same(
+                self._metadata_of(response, checksum), sha256=sha256, etag=etag, last_modified=last_modified
+            )
 
     def fetch(self, target: str, progress: Progress | None = None, *, resume: bool = False) -> Fetched:
         started = time.monotonic()
         LOG.info("fetching %s", self._source)
-        with Sink(target, self._source, self._checksum, progress, part=resume) as sink:
-            transfer = Transfer(
-                self._resource, sink, retries=self._retries, wait=self._wait, record=target if resume else None
-            )
+        checksum = self._expected.checksum(progress)
+        with Sink(target, self._source, checksum, progress, part=resume) as sink:
+            transfer = Transfer(self._resource, sink, record=target if resume else None)
             transfer.run()
             sha256 = sink.finish()
         LOG.info("fetched %s: %d bytes in %.1f s", self._source, sink.size, time.monotonic() - started)
         return Fetched(self._source, sink.size, sha256, self._disk_format, transfer.etag, transfer.last_modified)
 
     @contextlib.contextmanager
-    def _ask(self, headers: dict[str, str]) -> Iterator[HTTPResponse]:
-        """Give the head of the image's response; there is one attempt, since whoever asks may do without."""
+    def _ask(self, headers: dict[str, str], *accepted: int) -> Iterator[HTTPResponse]:
+        """Give the head of the image's response; there is one attempt, since whoever asks may do without.
+
+        :param accepted: statuses besides 200.
+        """
         with contextlib.ExitStack() as stack:
             try:
                 _, response = stack.enter_context(self._resource.open(headers, method="HEAD"))
                 if response.status in _NO_HEAD:
                     _, response = stack.enter_context(self._resource.open(headers))
+                self._resource.check(response, *accepted)
             except TransferError as error:
                 raise self._resource.failure(error) from error
             yield response
 
-    def _metadata_of(self, response: HTTPResponse) -> Metadata:
-        if response.status != http.HTTPStatus.OK:
-            raise exceptions.FetchFailed(self._source, http_headers.status_text(response.status))
+    def _metadata_of(self, response: HTTPResponse, checksum: Checksum | None) -> Metadata:
         return Metadata(
             self._source,
             http_headers.length(response),
             self._disk_format,
-            str(self._checksum) if self._checksum else None,
+            str(checksum) if checksum else None,
             http_headers.etag(response),
             http_headers.last_modified(response),
         )

@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import http
-import itertools
 import logging
-import random
 import time
-from collections.abc import Callable
 
 from urllib3.response import HTTPResponse
 
@@ -18,14 +15,12 @@ from imagebackend.storage import publish
 from imagebackend.templates.sources import http_headers, part
 from imagebackend.templates.sources.http_connection import TransferError
 from imagebackend.templates.sources.http_resource import Resource
-from imagebackend.templates.sources.sink import HEARTBEAT, Sink
+from imagebackend.templates.sources.sink import Sink
 
 __all__ = ["Transfer"]
 
 LOG = logging.getLogger(__name__)
 
-# Seconds before the first retry, before any, and the most that a server's Retry-After is granted.
-_FIRST_DELAY, _LAST_DELAY, _LONGEST_RETRY_AFTER = 0.5, 30.0, 60.0
 # Every how many seconds it is recorded how far the transfer is.
 _RECORDED_EVERY = 5.0
 
@@ -37,8 +32,6 @@ class Transfer:
     attempt that breaks off is followed by one that asks for the rest alone, and starts over otherwise.
 
     :param sink: what is received goes here.
-    :param retries: how many attempts there are besides the first.
-    :param wait: called with seconds to wait between attempts.
     :param record: the path of the file that is filled, beside which it is recorded how far the transfer is, and which
         may hold a part; None: the file is empty, and nothing is recorded.
 
@@ -46,16 +39,12 @@ class Transfer:
     :ivar last_modified: of what was received.
     """
 
-    def __init__(
-        self, resource: Resource, sink: Sink, *, retries: int, wait: Callable[[float], None], record: str | None
-    ) -> None:
+    def __init__(self, resource: Resource, sink: Sink, *, record: str | None) -> None:
         self.etag: str | None = None
         self.last_modified: str | None = None
         self._resource = resource
         self._source = resource.shown
         self._sink = sink
-        self._retries = retries
-        self._wait = wait
         self._record = record
         self._recorded = time.monotonic()
         # What is not shown of the URL may make another image of it, with an ETag that happens to be the same.
@@ -75,21 +64,11 @@ class Transfer:
                 stack.callback(self._forget)
                 self._take_up()
             try:
-                self._persist()
+                self._resource.persist(self._receive, self._sink.report, lambda: self._sink.size)
             except exceptions.FetchFailed:
                 if self._record_part():
                     stack.pop_all()
                 raise
-
-    def _persist(self) -> None:
-        for attempt in itertools.count(1):
-            try:
-                self._receive()
-                return
-            except TransferError as error:
-                if not error.temporary or attempt > self._retries:
-                    raise self._resource.failure(error, attempt) from error
-                self._pause(error, attempt)
 
     def _receive(self) -> None:
         sink = self._sink
@@ -98,7 +77,10 @@ class Transfer:
         if resume:
             headers = {"Range": f"bytes={sink.size}-", "If-Range": self._validator or ""}
         with self._resource.open(headers, sink.report) as (connection, response):
-            self._check_status(response, resume)
+            if resume and response.status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                self._validator = None
+                raise TransferError("the content became shorter")
+            self._resource.check(response, *([http.HTTPStatus.PARTIAL_CONTENT] if resume else []))
             if response.status == http.HTTPStatus.PARTIAL_CONTENT:
                 self._check_continues(response)
             else:
@@ -110,18 +92,6 @@ class Transfer:
         if sink.total and sink.size != sink.total:
             self._validator = None
             raise TransferError(f"{sink.total} bytes announced, {sink.size} received")
-
-    def _check_status(self, response: HTTPResponse, resume: bool) -> None:
-        status = response.status
-        if status == http.HTTPStatus.TOO_MANY_REQUESTS or status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
-            raise TransferError(http_headers.status_text(status), retry_after=http_headers.retry_after(response))
-        if resume and status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            self._validator = None
-            raise TransferError("the content became shorter")
-        if status != http.HTTPStatus.OK and not (resume and status == http.HTTPStatus.PARTIAL_CONTENT):
-            raise exceptions.FetchFailed(self._source, http_headers.status_text(status))
-        if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
-            raise exceptions.FetchFailed(self._source, "the server compresses the transfer although asked not to")
 
     def _start(self, response: HTTPResponse) -> None:
         length = http_headers.length(response)
@@ -152,20 +122,6 @@ class Transfer:
             raise TransferError("the server did not go on where the transfer ended")
         # What is there already takes no more room.
         sink.expect(total, required=total - start)
-
-    def _pause(self, error: TransferError, attempt: int) -> None:
-        delay = min(_FIRST_DELAY * 2.0 ** (attempt - 1), _LAST_DELAY)
-        # Hosts that lost the same server at the same time do not come back at the same time.
-        delay *= random.uniform(0.5, 1.0)  # noqa: S311 - no secret
-        delay = max(delay, min(error.retry_after, _LONGEST_RETRY_AFTER))
-        LOG.warning(
-            "fetching %s: %s after %d bytes; attempt %d of %d follows in %.1f s",
-            self._source, error.reason, self._sink.size, attempt + 1, self._retries + 1, delay,
-        )  # fmt: skip
-        while delay > 0:
-            self._wait(min(delay, HEARTBEAT))
-            delay -= HEARTBEAT
-            self._sink.report()
 
     def _take_up(self) -> None:
         """Go on with what an earlier transfer left, if that is what is on record and may be of the same content."""

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import logging
 import os
-import re
 import stat
 import time
 import types
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from dataclasses import dataclass
 
 from imagebackend import exceptions
+from imagebackend.templates.sources.checksum import BROKEN, Checksum
 
-__all__ = ["BLOCK_SIZE", "HEARTBEAT", "Checksum", "Sink", "parse_checksum"]
-
-LOG = logging.getLogger(__name__)
+__all__ = ["BLOCK_SIZE", "HEARTBEAT", "Sink"]
 
 #: The most bytes that are read, written and hashed at a time.
 BLOCK_SIZE = 1 << 20
@@ -31,42 +27,10 @@ BLOCK_SIZE = 1 << 20
 HEARTBEAT = 0.25
 
 _SHA256 = "sha256"
-# Hexadecimal digits of each algorithm that may be asked for, and those that an attacker can make collide.
-_DIGITS = {"sha256": 64, "sha384": 96, "sha512": 128, "sha1": 40, "md5": 32}
-_BROKEN = ("sha1", "md5")
-_CHECKSUM = re.compile(r"([a-z0-9]+):([0-9a-f]+)", re.ASCII)
-
 _BLOCKS_WAITING = 4
 # Zeros are looked for in pieces of this many bytes: a multiple of every file system's block size.
 _HOLE = bytes(1 << 16)
 _ZEROS = bytes(BLOCK_SIZE)
-
-
-@dataclass(frozen=True, slots=True)
-class Checksum:
-    """What content must hash to."""
-
-    algorithm: str
-    hexdigest: str
-
-    def __str__(self) -> str:
-        return f"{self.algorithm}:{self.hexdigest}"
-
-
-def parse_checksum(text: str) -> Checksum:
-    """Return the checksum written as ``algorithm:hex``.
-
-    :raises InvalidArgument: it is not written so, the algorithm is not known, or the number of digits is wrong.
-    """
-    match = _CHECKSUM.fullmatch(text.lower())
-    if match is None or len(match[2]) != _DIGITS.get(match[1], -1):
-        known = ", ".join(f"{name} ({digits} digits)" for name, digits in _DIGITS.items())
-        raise exceptions.InvalidArgument(
-            f"checksum {text[:160]!r}: 'algorithm:hexadecimal digits' is needed, where algorithm is one of {known}"
-        )
-    if match[1] in _BROKEN:
-        LOG.warning("a checksum by %s finds accidents but stops no attacker; use sha256 or sha512", match[1])
-    return Checksum(match[1], match[2])
 
 
 class Sink:
@@ -241,7 +205,7 @@ class Sink:
 
     def _new_digests(self) -> None:
         # Not for security as far as FIPS mode is concerned: md5 and sha1 are only taken when they are asked for.
-        self._digests = [hashlib.new(name, usedforsecurity=name not in _BROKEN) for name in self._algorithms]
+        self._digests = [hashlib.new(name, usedforsecurity=name not in BROKEN) for name in self._algorithms]
 
     def _drain(self) -> None:
         while self._waiting:

@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from oslo_config import cfg
 
 from imagebackend import exceptions
 from imagebackend.conf import load_config
-from imagebackend.templates.sources import open_source, sink
+from imagebackend.templates.sources import open_source
 from imagebackend.templates.sources.file import FileSource
 from imagebackend.templates.sources.http import HttpSource
 
@@ -143,45 +140,6 @@ class TestAddedSchemes:
 
     def test_built_in_comes_first(self, conf: cfg.ConfigOpts) -> None:
         assert type(open_source("http://host/", conf)) is HttpSource
-
-
-@pytest.mark.parametrize("algorithm", ["sha256", "sha384", "sha512", "sha1", "md5"])
-@given(data=st.binary())
-def test_checksum(algorithm: str, data: bytes) -> None:
-    digits = hashlib.new(algorithm, data).hexdigest()
-    for text in (f"{algorithm}:{digits}", f"{algorithm.upper()}:{digits.upper()}"):
-        assert sink.parse_checksum(text) == sink.Checksum(algorithm, digits)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "sha256",
-        "0" * 64,
-        "sha256:",
-        "sha256:" + "0" * 63,
-        "sha256:" + "0" * 65,
-        "sha256:" + "g" * 64,
-        "sha256:" + "\N{ARABIC-INDIC DIGIT ZERO}" * 64,
-        "sha256: " + "0" * 63,
-        "sha256:" + "0" * 64 + "\n",
-        "sha512:" + "0" * 64,
-        "sha3_256:" + "0" * 64,
-        "crc32:" + "0" * 8,
-        "sha256=" + "0" * 64,
-    ],
-)
-@pytest.mark.parametrize("url", ["/path", "http://host/path"])
-def test_malformed_checksum(conf: cfg.ConfigOpts, url: str, text: str) -> None:
-    with pytest.raises(exceptions.InvalidArgument, match="sha512 \\(128 digits\\)"):
-        open_source(url, conf, checksum=text)
-
-
-@pytest.mark.parametrize("algorithm", ["sha1", "md5"])
-def test_weak_checksum_is_warned_of(algorithm: str, caplog: pytest.LogCaptureFixture) -> None:
-    sink.parse_checksum(f"{algorithm}:{hashlib.new(algorithm).hexdigest()}")
-    assert "stops no attacker" in caplog.text
 
 
 def test_nothing_heavy_is_loaded_for_a_file() -> None:
