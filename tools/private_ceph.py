@@ -38,6 +38,7 @@ _OSD_PORTS = (61000, 61999)
 
 # A real monitor gathers changes for a second before it proposes them, which is most of what a start would take; and a
 # real OSD waits half a minute for a client that has an image open and says nothing, which it does every five seconds.
+# Daemons answer commands only if their admin socket is theirs, and by default it is the same for all clusters.
 _CONFIGURATION = """\
 [global]
 fsid = {fsid}
@@ -48,6 +49,7 @@ auth_client_required = {authentication}
 keyring = {folder}/ceph.$name.keyring
 
 [mon]
+admin_socket = {folder}/$name.asok
 mon_data = {folder}/data.$name
 mon_allow_pool_delete = true
 mon_allow_pool_size_one = true
@@ -61,6 +63,7 @@ osd_pool_default_pg_autoscale_mode = off
 osd_pool_default_size = 1
 
 [osd]
+admin_socket = {folder}/$name.asok
 osd_data = {folder}/data.$name
 osd_objectstore = {object_store}
 memstore_device_bytes = 8589934592
@@ -71,6 +74,7 @@ ms_bind_port_max = {osd_ports[1]}
 osd_client_watch_timeout = 12
 
 [mgr]
+admin_socket = {folder}/$name.asok
 mgr_data = {folder}/data.$name
 mgr_stats_period = 1
 """
@@ -100,11 +104,15 @@ class Cluster:
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def connect(self, user: str = "admin") -> Any:
-        """Return a new connection, a :class:`rados.Rados`; used in a ``with`` statement, it ends with that."""
+        """Return a new connection, a :class:`rados.Rados`; used in a ``with`` statement, it ends with that.
+
+        Nothing that is done with it waits for ever.
+        """
         import rados
 
-        timeout = {"client_mount_timeout": str(_COMMAND_TIMEOUT)}
-        return rados.Rados(conffile=str(self.configuration), rados_id=user, conf=timeout)
+        names = ("client_mount_timeout", "rados_mon_op_timeout", "rados_osd_op_timeout")
+        timeouts = dict.fromkeys(names, str(_COMMAND_TIMEOUT))
+        return rados.Rados(conffile=str(self.configuration), rados_id=user, conf=timeouts)
 
     def command(self, prefix: str, **arguments: Any) -> Any:
         """Have the monitor do what ``ceph PREFIX`` would, and return its answer.

@@ -152,8 +152,7 @@ class Rbd(Image):
         LOG.info("disk %s grown from %d to %d bytes", self.path, current, size)
 
     def get_disk_size(self, name: str) -> int:
-        with self.pool.open(self._disk.name, read_only=True) as image:
-            return int(image.size() - self._disk.header_size())
+        return self._disk.size()
 
     def create_snap(self, name: str) -> None:
         names.check_name("snapshot", name)
@@ -345,17 +344,19 @@ class Rbd(Image):
 
     def _describe_source(self, disk: LibvirtConfigGuestDisk) -> None:
         user, secret = self._auth()
-        if not self._disk.is_settled():
+        record = self._disk.settled_record()
+        if record is None:
+            self._disk.require()
             with self._disk.lock():
-                self._disk.settle()
-        self._disk.require()
+                self._settle()
+                record = self._disk.record()
         disk.source_protocol = "rbd"
         disk.source_name = self._disk.spec
         disk.driver_format = "raw"
         for host, port in self.pool.monitors():
             disk.source_hosts.append(host)
             disk.source_ports.append(port)
-        rbd_encryption.describe(disk, self._disk.record().get("encryption"))
+        rbd_encryption.describe(disk, record.get("encryption"))
         disk.source_config_file = self.pool.settings.conf_file or None
         if user is not None:
             disk.auth_username = user
@@ -363,7 +364,7 @@ class Rbd(Image):
             disk.auth_secret_uuid = secret
 
     def _is_ready(self) -> bool:
-        return self._disk.exists() and self._disk.is_settled()
+        return self._disk.is_ready()
 
     def _settle(self) -> None:
         """Finish, or undo, a change that was cut short; the caller holds the lock."""

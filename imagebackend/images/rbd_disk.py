@@ -64,9 +64,9 @@ class RbdDisk:
         operation: str | None = self._intent().get("operation")
         return operation == "replace" or (found and operation not in ("clone", "remove"))
 
-    def is_settled(self) -> bool:
-        """Return whether no change of the disk was cut short, or is under way."""
-        return not self._intent()
+    def is_ready(self) -> bool:
+        """Return whether the disk is there and no change of it was cut short, or is under way: two requests."""
+        return self.pool.image_id(self.name) is not None and not self._intent()
 
     def require(self) -> None:
         """Make sure that the disk is there.
@@ -109,10 +109,21 @@ class RbdDisk:
         :raises DiskNotFound: it is not there.
         :raises CorruptRecord: it cannot be read.
         """
+        return self._recorded(self._image_id())
+
+    def settled_record(self) -> dict[str, Any] | None:
+        """Return :meth:`record` of a disk with which nothing is to be done first, None of any other: three requests.
+
+        :raises CorruptRecord: it cannot be read.
+        """
+        # In this order: whoever makes the image drops the intent when it is whole.
         image_id = self.pool.image_id(self.name)
-        if image_id is None:
-            raise exceptions.DiskNotFound(self.spec)
-        return rbd_image.parse_record(self.spec, self.pool.metadata(image_id, rbd_image.RECORD))
+        if image_id is None or self._intent():
+            return None
+        text = self.pool.metadata(image_id, rbd_image.RECORD)
+        if text is None and self.pool.image_id(self.name) != image_id:
+            return None  # replaced a moment ago
+        return rbd_image.parse_record(self.spec, text)
 
     def header_size(self) -> int:
         """Return how many bytes of the image are the header of its encryption; 0: it is not encrypted.
@@ -121,6 +132,15 @@ class RbdDisk:
         """
         size: int = self.record().get("encryption", {}).get("header", 0)
         return size
+
+    def size(self) -> int:
+        """Return how many bytes its user sees: three requests.
+
+        :raises DiskNotFound: it is not there.
+        """
+        image_id = self._image_id()
+        header: int = self._recorded(image_id).get("encryption", {}).get("header", 0)
+        return self.pool.size(image_id) - header
 
     def clone(self, parent: ceph.Pool, image: str, snapshot: str, layout: ceph.Layout) -> None:
         """Make the disk from a snapshot.
@@ -245,6 +265,15 @@ class RbdDisk:
             self.pool.rename(self._partial, self.name)
             faults.point("disk.import.renamed")
         rbd_image.bury(self.pool, self._outgoing, self.conf.libvirt.images_rbd_trash_delay)
+
+    def _image_id(self) -> str:
+        image_id = self.pool.image_id(self.name)
+        if image_id is None:
+            raise exceptions.DiskNotFound(self.spec)
+        return image_id
+
+    def _recorded(self, image_id: str) -> dict[str, Any]:
+        return rbd_image.parse_record(self.spec, self.pool.metadata(image_id, rbd_image.RECORD))
 
     def _intend(self, operation: str, **facts: str) -> None:
         intent = {"operation": operation, "host": self.conf.host, **facts}

@@ -5,8 +5,8 @@ The distribution's modules ``rados`` and ``rbd`` (Debian: python3-rados, python3
 connection is made. librados does not survive a fork: a child makes a connection of its own.
 
 Sources: https://docs.ceph.com/en/latest/rados/api/python/ and https://docs.ceph.com/en/latest/rbd/api/librbdpy/; for
-:meth:`Pool.image_id` and :meth:`Pool.metadata` the methods ``get_id`` and ``metadata_get`` of the object class rbd
-(src/cls/rbd/cls_rbd.cc), which librbd itself calls when it opens an image.
+:meth:`Pool.image_id`, :meth:`Pool.metadata` and :meth:`Pool.size` the methods ``get_id``, ``metadata_get`` and
+``get_size`` of the object class rbd (src/cls/rbd/cls_rbd.cc), which librbd itself calls when it opens an image.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ LOG = logging.getLogger(__name__)
 _INTENTS = "imagebackend.intents"
 _INTENTS_AT_ONCE = 1000
 _LARGEST = 64 << 10
+# CEPH_NOSNAP: the image itself.
+_NO_SNAPSHOT = struct.pack("<q", -2)
 # Monitors come and go over days, and a client that knows one of them finds the others.
 _MONITORS_VALID = 30.0
 _BROKEN = (errno.ESHUTDOWN, errno.ENOTCONN)
@@ -90,6 +92,7 @@ class _Cluster:
     rados: Any
     contexts: dict[tuple[str, str], Any] = field(default_factory=dict)
     monitors: tuple[tuple[str, int], ...] = ()
+    epoch: int = 0
     asked: float = 0.0
 
 
@@ -127,7 +130,10 @@ class Pool:
             return fsid
 
     def monitors(self) -> tuple[tuple[str, int], ...]:
-        """Return address and port of every monitor, IPv6 without brackets; at most 30 seconds old."""
+        """Return address and port of every monitor, IPv6 without brackets.
+
+        They are asked for at most every 30 seconds, and looked at again only if their map has another epoch.
+        """
         with self.errors("monitors"):
             cluster = self._cluster()
             now = time.monotonic()
@@ -136,18 +142,35 @@ class Pool:
                 result, answer, reason = cluster.rados.mon_command(asked, b"")
                 if result:
                     self._fail(OSError(-result, reason), "mon dump")
-                cluster.monitors = tuple(_address(monitor) for monitor in json.loads(answer)["mons"])
+                found = json.loads(answer)
+                if found["epoch"] != cluster.epoch:
+                    cluster.monitors = tuple(_address(monitor) for monitor in found["mons"])
+                    cluster.epoch = found["epoch"]
                 cluster.asked = now
             return cluster.monitors
 
     def image_id(self, image: str) -> str | None:
         """Return the id of an image, None if there is none of that name: one request."""
-        return self._ask(image, f"rbd_id.{image}", "get_id", b"")
+        answer = self._ask(image, f"rbd_id.{image}", "get_id", b"")
+        return None if answer is None else _string(answer)
 
     def metadata(self, image_id: str, key: str) -> str | None:
         """Return what an image's metadata say under ``key``, None if nothing: one request."""
         encoded = key.encode()
-        return self._ask(image_id, f"rbd_header.{image_id}", "metadata_get", struct.pack("<I", len(encoded)) + encoded)
+        asked = struct.pack("<I", len(encoded)) + encoded
+        answer = self._ask(image_id, f"rbd_header.{image_id}", "metadata_get", asked)
+        return None if answer is None else _string(answer)
+
+    def size(self, image_id: str) -> int:
+        """Return the size of an image in bytes: one request; opening it would take some twenty.
+
+        :raises DiskNotFound: there is none of that id.
+        """
+        answer = self._ask(image_id, f"rbd_header.{image_id}", "get_size", _NO_SNAPSHOT)
+        if answer is None:
+            raise exceptions.DiskNotFound(self.spec(image_id))
+        _order, size = struct.unpack("<BQ", answer)
+        return int(size)
 
     def images(self) -> list[str]:
         """Return the names of all images, sorted."""
@@ -283,16 +306,15 @@ class Pool:
                 _clusters.pop(self.settings, None)
         raise _translated(error, number, name, self.settings) from error
 
-    def _ask(self, image: str, target: str, method: str, argument: bytes) -> str | None:
-        """Call a method of the object class rbd that takes and returns one string."""
+    def _ask(self, image: str, target: str, method: str, argument: bytes) -> bytes | None:
+        """Call a method of the object class rbd; None: there is no such thing."""
         with self.errors(image):
             try:
                 _, answer = self._context().execute(target, "rbd", method, argument, _LARGEST)
             except _rados().ObjectNotFound:
                 return None
-        (length,) = struct.unpack_from("<I", answer)
-        text: str = answer[4 : 4 + length].decode("utf-8", "replace")
-        return text
+        encoded: bytes = answer
+        return encoded
 
     def _read_intents(self, operation: Any, found: Any) -> dict[str, str]:
         try:
@@ -396,6 +418,11 @@ def _address(monitor: dict[str, Any]) -> tuple[str, int]:
     offered = {each["type"]: each["addr"] for each in monitor["public_addrs"]["addrvec"]}
     host, _, port = (offered.get("v1") or offered["v2"]).rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def _string(answer: bytes) -> str:
+    (length,) = struct.unpack_from("<I", answer)
+    return answer[4 : 4 + length].decode("utf-8", "replace")
 
 
 def _rados() -> Any:

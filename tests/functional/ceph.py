@@ -7,9 +7,10 @@ empty pool of its own. Tests that take daemons away have clusters to themselves.
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,18 @@ def rbd_backend(cluster: Cluster, pool: str, folder: Path, **options: Any) -> Ba
     for name, value in {**rbd, "rbd_destroy_volume_retries": 0, **options}.items():
         conf.set_override(name, value, group="libvirt")
     return Backend(conf)
+
+
+def requests(cluster: Cluster, act: Callable[[], object]) -> int:
+    """Return how many requests the cluster's OSD had while ``act`` ran, which nobody else may disturb."""
+    asked = json.dumps({"prefix": "perf dump", "logger": "osd", "counter": "op", "format": "json"})
+    with cluster.connect() as connection:
+        counts = []
+        for work in (lambda: None, act):
+            work()
+            _, answer, _ = connection.osd_command(0, asked, b"")
+            counts.append(json.loads(answer)["osd"]["op"])
+    return int(counts[1] - counts[0])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 from imagebackend.images.rbd import Rbd, Usage
 from tests.counting import Counts, count
-from tests.functional.ceph import Contents, rbd_backend, read
+from tests.functional.ceph import Contents, rbd_backend, read, requests
 from tools.private_ceph import Cluster
 
 SIZE = 32 << 20
@@ -97,6 +97,37 @@ def test_describing_a_disk_takes_no_process_no_thread_and_no_connection(setup: s
 
     assert (counts.processes, counts.threads, counts.syncs) == (0, 0, 0)
     assert connections(counts) == 0
+
+
+def test_what_a_disk_asks_of_the_cluster(ceph: Cluster, rbd_pool: str, template: Contents, tmp_path: Path) -> None:
+    """A round trip each, of which a disk's description may have so many that it takes less than a millisecond."""
+    backend = rbd_backend(ceph, rbd_pool, tmp_path / "instances")
+    image = backend.image("guest", "disk")
+    image.cache(template.fetch, "template", SIZE)
+    image.libvirt_info("virtio", "vda", "disk", "none", {})
+
+    assert requests(ceph, lambda: image.libvirt_info("virtio", "vda", "disk", "none", {})) == 3
+    assert requests(ceph, lambda: image.get_disk_size(image.path)) == 3
+    assert requests(ceph, image.exists) == 2
+    assert requests(ceph, lambda: image.cache(template.fetch, "template", SIZE)) == 2
+
+
+def test_a_disk_asks_little_more_than_a_bare_clone(
+    ceph: Cluster, rbd_pool: str, template: Contents, tmp_path: Path
+) -> None:
+    import rbd
+
+    backend = rbd_backend(ceph, rbd_pool, tmp_path / "instances")
+    first, second = backend.image("first", "disk"), backend.image("second", "disk")
+    first.cache(template.fetch, "template", SIZE)
+    with ceph.connect() as connection, connection.open_ioctx(rbd_pool) as context:
+        with rbd.Image(context, "first_disk", read_only=True) as image:
+            _, parent, snapshot = image.parent_info()
+        bare = requests(ceph, lambda: rbd.RBD().clone(context, parent, snapshot, context, "bare"))
+        ours = requests(ceph, lambda: second.cache(template.fetch, "template", SIZE))
+
+    # Whether something was begun, whether the disk is there, and what is begun and done.
+    assert ours <= bare + 5
 
 
 def test_a_process_has_one_connection_whatever_it_does(
