@@ -18,7 +18,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from imagebackend import exceptions
@@ -74,6 +74,8 @@ def run(
     silent: bool = False,
     success: Sequence[int] = (0,),
     on_output: Callable[[str], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+    completes: bool = False,
 ) -> Result:
     """Run a command to its end and return its output.
 
@@ -88,6 +90,9 @@ def run(
     :param success: the exit statuses that are no failure.
     :param on_output: called with each piece of stdout, and with an empty string at least every half second; an
         exception raised there kills the command and propagates.
+    :param environment: variables beside those that every command gets.
+    :param completes: when this process is killed, the command is not: one that ends soon by itself, and must not be
+        cut short. It starts sooner, too.
     :raises ToolMissing: the command is not installed.
     :raises ToolTimeout: it ran past its deadline.
     :raises ToolFailed: it cannot be started, failed, was killed, or wrote more than 16 MiB.
@@ -102,7 +107,14 @@ def run(
     stdout: list[bytes] = []
     stderr: list[bytes] = []
     try:
-        with _start([*_wrapper(limits), executable, *command[1:]], shown, input, pass_fds) as child:
+        with _start(
+            [*_wrapper(limits, completes), executable, *command[1:]],
+            shown,
+            input,
+            pass_fds,
+            environment or {},
+            completes,
+        ) as child:
             try:
                 _talk(child, stdout, stderr, shown, started + timeout, on_output)
                 _await_exit(child, shown, started + timeout)
@@ -120,15 +132,22 @@ def run(
     return Result(_text(stdout), _text(stderr))
 
 
-def _wrapper(limits: Limits | None) -> list[str]:
+def _wrapper(limits: Limits | None, completes: bool) -> list[str]:
     # The child must not outlive a parent that is killed: it would go on writing to a file that nobody owns.
-    wrapper = ["/usr/bin/setpriv", "--pdeathsig", "KILL"]
+    wrapper = [] if completes else ["/usr/bin/setpriv", "--pdeathsig", "KILL"]
     if limits is not None:
         wrapper += ["/usr/bin/prlimit", f"--cpu={limits.cpu_time}", f"--as={limits.address_space}"]
     return wrapper
 
 
-def _start(command: list[str], shown: list[str], input: bytes, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
+def _start(
+    command: list[str],
+    shown: list[str],
+    input: bytes,
+    pass_fds: Sequence[int],
+    environment: Mapping[str, str],
+    completes: bool,
+) -> subprocess.Popen[bytes]:
     with contextlib.ExitStack() as stack:
         stdin = subprocess.DEVNULL
         if input:
@@ -140,13 +159,15 @@ def _start(command: list[str], shown: list[str], input: bytes, pass_fds: Sequenc
         try:
             return subprocess.Popen(
                 command,
-                env=_ENVIRONMENT,
+                env={**_ENVIRONMENT, **environment},
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=pass_fds,
                 cwd="/",
                 start_new_session=True,
+                # Python ignores SIGPIPE: a command that completes must not die of an output that nobody reads.
+                restore_signals=not completes,
             )
         except OSError as error:
             raise exceptions.ToolFailed(shown, None, "", reason=f"cannot be started: {error.strerror}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest_plugins = ["tests.functional.ceph", "tests.functional.filesystems"]
+pytest_plugins = ["tests.functional.ceph", "tests.functional.filesystems", "tests.lvm.volume_groups"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,14 +14,15 @@ from collections.abc import Sequence
 from oslo_config import cfg
 
 from imagebackend import exceptions
-from imagebackend.conf import default, image_cache, libvirt
+from imagebackend.conf import default, ephemeral_storage_encryption, image_cache, libvirt, lvm
 
 __all__ = ["list_opts", "load_config", "register_opts"]
 
 _GROUPS: tuple[tuple[str, Sequence[cfg.Opt]], ...] = (
     ("DEFAULT", default.OPTIONS),
-    ("libvirt", libvirt.OPTIONS),
+    ("libvirt", (*libvirt.OPTIONS, *lvm.OPTIONS)),
     ("image_cache", image_cache.OPTIONS),
+    ("ephemeral_storage_encryption", ephemeral_storage_encryption.OPTIONS),
 )
 
 

@@ -94,6 +94,15 @@ Whether raw disks and their snapshots share blocks with what they are made from 
 NFS 4.2). Disks with preallocate_images = space never share.
 """,
     ),
+    cfg.StrOpt(
+        "root_helper",
+        default="",
+        help="""
+What runs LVM's commands and cryptsetup as root, such as 'sudo' or 'sudo nova-rootwrap /etc/nova/rootwrap.conf'. It is
+split into words as a shell would, but no shell runs it. By default nothing: this process is root itself. A process
+that is not must also be in the group that owns block devices, usually 'disk'.
+""",
+    ),
     cfg.FloatOpt(
         "lock_timeout",
         default=600.0,

@@ -45,6 +45,12 @@ NOVA: list[tuple[str, str, str, Any, tuple[str, ...] | None]] = [
     ("libvirt", "rbd_connect_timeout", "IntOpt", 5, None),
     ("libvirt", "rbd_destroy_volume_retries", "IntOpt", 12, None),
     ("libvirt", "rbd_destroy_volume_retry_interval", "IntOpt", 5, None),
+    ("libvirt", "images_volume_group", "StrOpt", None, None),
+    ("libvirt", "sparse_logical_volumes", "BoolOpt", False, None),
+    ("libvirt", "volume_clear_size", "IntOpt", 0, None),  # mebibytes
+    ("ephemeral_storage_encryption", "enabled", "BoolOpt", False, None),
+    ("ephemeral_storage_encryption", "cipher", "StrOpt", "aes-xts-plain64", None),
+    ("ephemeral_storage_encryption", "key_size", "IntOpt", 512, None),
 ]
 #: Those that Nova does not have, or has with another meaning for a good reason.
 OWN = {
@@ -53,7 +59,18 @@ OWN = {
     ("DEFAULT", "durable_writes"),
     ("DEFAULT", "reflink"),
     ("DEFAULT", "lock_timeout"),
+    ("DEFAULT", "root_helper"),
+    ("ephemeral_storage_encryption", "default_format"),  # Nova makes "plain", and lists "luks" only
+    ("libvirt", "images_thin_pool"),
+    ("libvirt", "images_thin_pool_data_limit"),
+    ("libvirt", "images_thin_pool_metadata_limit"),
+    ("libvirt", "images_thin_pool_size"),
     ("libvirt", "images_tool_timeout"),
+    ("libvirt", "images_volume_group_zeroed"),
+    ("libvirt", "images_volume_raid_type"),
+    ("libvirt", "images_volume_stripes"),
+    ("libvirt", "images_volume_tags"),
+    ("libvirt", "volume_clear"),  # Nova's values, and "discard"
     ("libvirt", "images_qcow2_cluster_size"),
     ("libvirt", "images_qcow2_extended_l2"),
     ("libvirt", "images_qcow2_lazy_refcounts"),

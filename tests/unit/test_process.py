@@ -72,6 +72,11 @@ def test_the_environment_is_named_and_clean(monkeypatch):
     assert sorted(said) == ["HOME=/", "LC_ALL=C", "MALLOC_ARENA_MAX=2", f"PATH={process.PATH}"]
 
 
+def test_a_caller_may_add_to_the_environment():
+    said = process.run(["env"], timeout=60, environment={"DM_DISABLE_UDEV": "1", "HOME": "/root"}).stdout
+    assert {"DM_DISABLE_UDEV=1", "HOME=/root", "LC_ALL=C"} <= set(said.splitlines())
+
+
 def test_the_environments_path_is_not_where_commands_are_looked_for(monkeypatch, tmp_path):
     for name in ("cat", "imagebackend-own-tool"):
         (tmp_path / name).write_text("#!/bin/sh\necho wrong\n")
@@ -329,6 +334,24 @@ process.run(["sh", "-c", "echo $$; exec sleep {FOREVER}"], timeout=600, limits={
         watches.append(Watch(int(parent.stdout.readline())))
         parent.kill()
     assert watches[0].ends()
+
+
+def test_a_command_that_completes_outlives_the_process_that_started_it(tmp_path, watches):
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    command = f"echo $$; cat {gate} >/dev/null; echo nobody; echo reads >&2; touch {tmp_path}/done"
+    script = f"""
+from imagebackend import process
+process.run(["sh", "-c", {command!r}], timeout=600, completes=True,
+            on_output=lambda piece: print(piece, end="", flush=True))
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        watches.append(Watch(int(parent.stdout.readline())))
+        parent.kill()
+    gate.write_text("go")
+    assert watches[0].ends()
+    assert (tmp_path / "done").exists()
 
 
 def test_threads_may_run_commands_side_by_side():
