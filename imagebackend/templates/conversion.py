@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from oslo_config import cfg
 
 from imagebackend import exceptions, process
-from imagebackend.storage import digest, qcow2, qemu_img, sparse_copy
+from imagebackend.storage import digest, qcow2, qemu_img, rearranging
 from imagebackend.templates import inspection
 
-__all__ = ["check_space", "to_raw"]
+__all__ = ["check_space", "in_place", "to_raw"]
+
+Progress = Callable[[int, int], None]
+
+# Each move of data touches the table of all that come after it. So many take a second at most.
+_MOST_MOVES = 1 << 14
 
 
 def check_space(folder: str, required: int) -> None:
@@ -28,6 +33,36 @@ def check_space(folder: str, required: int) -> None:
         raise exceptions.InsufficientSpace(folder, required, available)
 
 
+def in_place(
+    image: int, path: str, verdict: inspection.Verdict, conf: cfg.ConfigOpts, progress: Progress | None = None
+) -> str | None:
+    """Make of an accepted image the raw disk that it holds, in the same file: its data are not written again.
+
+    That goes for qcow2 images whose data lie uncompressed and in the order of the disk, as qemu-img convert writes
+    them, on file systems that can move data within a file.
+
+    :param image: descriptor, open for reading and writing. What the file holds after an error is of no use.
+    :param path: the image.
+    :param verdict: what the inspector said of it.
+    :param progress: called while the digest is taken; what it raises propagates.
+    :returns: the digest of the result, see :data:`imagebackend.storage.digest.BLOCKS`; None: the image is as before,
+        and :func:`to_raw` can convert it.
+    :raises ImageUnacceptable: the image's tables lie.
+    :raises InsufficientSpace, StorageError: the file system could not.
+    :raises TimedOut: it took longer than ``[libvirt] images_tool_timeout``.
+    """
+    content = _content(image, path, verdict, conf, progress)
+    runs = _in_order(content.runs()) if content else None
+    # By another name, the file is somebody's image and stays one.
+    if not content or runs is None or os.fstat(image).st_nlink != 1:
+        return None
+    if not rearranging.is_supported(os.path.dirname(path), content.cluster_size):
+        return None
+    value = content.digest()
+    rearranging.rearrange(image, runs, verdict.virtual_size)
+    return value
+
+
 def to_raw(
     source: int,
     source_path: str,
@@ -35,32 +70,25 @@ def to_raw(
     target: int,
     target_path: str,
     conf: cfg.ConfigOpts,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> str:
     """Write the disk that an accepted image holds into an empty file, as raw.
 
-    The clusters of a plain qcow2 image are copied, or shared, here; every other kind goes through qemu-img.
+    Plain and compressed qcow2 images are read here; every other kind goes through qemu-img.
 
     :param source, source_path: the image.
     :param verdict: what the inspector said of it.
     :param target, target_path: the file.
     :param progress: called for each of the steps in turn.
     :returns: the digest of the result, see :data:`imagebackend.storage.digest.BLOCKS`.
-    :raises ImageUnacceptable: the image's tables lie.
-    :raises ToolFailed, ToolTimeout: qemu-img could not.
+    :raises ImageUnacceptable: the image's tables lie, or its compressed data are damaged.
+    :raises ToolFailed: qemu-img could not.
     :raises InsufficientSpace, StorageError: the file system could not.
+    :raises TimedOut: it took longer than ``[libvirt] images_tool_timeout``.
     """
-    if verdict.format == "qcow2":
-        try:
-            runs = list(qcow2.data_runs(source, qcow2.read_header(source, source_path), source_path))
-        except exceptions.Unsupported:
-            pass
-        else:
-            try:
-                os.ftruncate(target, verdict.virtual_size)
-            except OSError as error:
-                raise exceptions.storage_error(error, target_path) from error
-            return sparse_copy.copy_runs_with_digest(source, target, runs, progress=progress)
+    content = _content(source, source_path, verdict, conf, progress)
+    if content is not None:
+        return content.write(target)
     timeout = conf.libvirt.images_tool_timeout
     # The time limit is for reading facts; a conversion's CPU time grows with the image and is bounded by the timeout.
     limits = process.Limits(cpu_time=timeout, address_space=conf.libvirt.images_address_space_limit << 30)
@@ -72,3 +100,28 @@ def to_raw(
         source_path, verdict.format, target_path, "raw", progress=progress, timeout=timeout, limits=limits
     )
     return digest.compute(target, digest.BLOCKS, target_path, progress)
+
+
+def _content(
+    image: int, path: str, verdict: inspection.Verdict, conf: cfg.ConfigOpts, progress: Progress | None
+) -> qcow2.Content | None:
+    """Return what can read the image in this process, or None."""
+    if verdict.format != "qcow2":
+        return None
+    header = qcow2.read_header(image, path)
+    try:
+        return qcow2.Content(image, header, path, timeout=conf.libvirt.images_tool_timeout, progress=progress)
+    except exceptions.Unsupported:
+        return None
+
+
+def _in_order(runs: Iterable[qcow2.Run]) -> list[qcow2.Run] | None:
+    """Return the runs of an image if none is compressed, each comes after the one before it, and they are not many."""
+    found: list[qcow2.Run] = []
+    end = 0
+    for run in runs:
+        if run.compressed_length or run.host_offset < end or len(found) == _MOST_MOVES:
+            return None
+        found.append(run)
+        end = run.host_offset + run.length
+    return found

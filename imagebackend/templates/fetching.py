@@ -109,7 +109,7 @@ def arriving(folder: TemplateFolder, request: Request, temporary: str) -> Iterat
         faults.point("template.fetch.start")
         fetched = request.fetch(target)
         faults.point("template.fetch.fetched")
-        image = undo.enter_context(open_image(target))
+        image = undo.enter_context(open_image(target, os.O_RDWR))
         arrival = _accepted(folder, request, temporary, fetched, image, undo)
         with contextlib.ExitStack() as discard:
             discard.callback(arrival.take_back_quietly)
@@ -118,13 +118,13 @@ def arriving(folder: TemplateFolder, request: Request, temporary: str) -> Iterat
 
 
 @contextlib.contextmanager
-def open_image(path: str) -> Iterator[int]:
-    """Give an image's file, open for reading, whatever may be at its path.
+def open_image(path: str, mode: int = os.O_RDONLY) -> Iterator[int]:
+    """Give an image's file, open in a mode of open(2), whatever may be at its path.
 
     :raises PermissionDenied, StorageError: it cannot be opened, or is a link.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise exceptions.storage_error(error, path) from error
     try:
@@ -211,6 +211,11 @@ def _converted(
     undo: contextlib.ExitStack,
 ) -> tuple[str, int, str]:
     """Convert an image; return the path of the result, its descriptor, and its digest."""
+    target = folder.download(temporary)
+    value = conversion.in_place(image, target, verdict, folder.conf, request.progress)
+    if value is not None:
+        faults.point("template.fetch.converted")
+        return target, image, value
     conversion.check_space(folder.path, verdict.allocated_size)
     partial = publish.partial_path(folder.file(temporary))
     try:
@@ -219,9 +224,7 @@ def _converted(
         raise exceptions.storage_error(error, partial) from error
     undo.callback(os.close, descriptor)
     undo.callback(publish.remove_quietly, partial)
-    value = conversion.to_raw(
-        image, folder.download(temporary), verdict, descriptor, partial, folder.conf, request.progress
-    )
+    value = conversion.to_raw(image, target, verdict, descriptor, partial, folder.conf, request.progress)
     faults.point("template.fetch.converted")
     return partial, descriptor, value
 

@@ -17,6 +17,14 @@ def qemu_img(*arguments: str | Path) -> None:
     process.run(["qemu-img", *map(str, arguments)], timeout=60)
 
 
+def qemu_io(path: Path, *commands: str) -> None:
+    """Read and write what a guest sees of a qcow2 image."""
+    words = [word for command in commands for word in ("-c", command)]
+    said = process.run(["qemu-io", "-f", "qcow2", *words, str(path)], timeout=60).stdout
+    assert "rror" not in said
+    assert "ailed" not in said
+
+
 def make_disk(path: Path) -> None:
     """Write a raw disk of 8 MiB with data at its start and in its middle."""
     with path.open("wb") as disk:

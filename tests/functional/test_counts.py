@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.counting import Counts, count
+from tests.functional.image_building import qemu_img
 
 GIB = 1 << 30
 
@@ -93,6 +94,31 @@ def test_a_raw_disk_elsewhere_writes_the_data_and_not_the_holes(ext4_folder: Pat
 
     assert (counts.processes, counts.threads, counts.execs) == (0, 0, 0)
     assert 65536 <= counts.bytes_written < 65536 + 8192
+
+
+@pytest.mark.parametrize("folder", ["ext4_folder", "xfs_folder"])
+@pytest.mark.parametrize("compress", [(), ("-c",)], ids=["plain", "compressed"])
+def test_a_qcow2_template_becomes_raw_with_its_data_written_once(
+    folder: str, compress: tuple[str, ...], request: pytest.FixtureRequest
+) -> None:
+    path = Path(request.getfixturevalue(folder))
+    (path / "raw").write_bytes(bytes(range(256)) * (32 << 10))
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", *compress, path / "raw", path / "image")
+    more = f"content = open({str(path / 'image')!r}, 'rb').read()\n"
+    script = """
+def fetch(target):
+    with open(target, "r+b", buffering=0) as file:
+        file.write(content)
+backend.templates.fetch("converted", fetch)
+"""
+    counts = counted(path, script, more=more)
+
+    image, data = (path / "image").stat().st_size, 8 << 20
+    assert (counts.processes, counts.execs) == (0, 0)
+    assert counts.threads <= 3  # to read, decompress and hash
+    assert counts.syncs == 4  # the template, its record, and the folder of each
+    # What was fetched, and the disk if it was compressed there; then the record.
+    assert counts.bytes_written - image - (data if compress else 0) < 4096
 
 
 @pytest.mark.parametrize("image_type", ["qcow2", "raw"])

@@ -8,20 +8,16 @@ import itertools
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from imagebackend import exceptions
-from imagebackend.storage import digest, qcow2, reflink, sparse_copy
+from imagebackend.storage import reflink, sparse_copy
 from tests import counting
 from tests.functional.filesystems import allocated, shared
 
@@ -149,14 +145,6 @@ def test_copy_to_a_full_file_system(tmp_path: Path, small_tmpfs: Path, share: bo
     assert raised.value.path == str(small_tmpfs / "target")
 
 
-def test_copy_runs_to_a_full_file_system(tmp_path: Path, small_tmpfs: Path) -> None:
-    write_sparse(tmp_path / "source", 20 * MIB, {0: 20 * MIB})
-    with opened(tmp_path / "source", small_tmpfs / "target") as (source, target):
-        os.ftruncate(target, 20 * MIB)
-        with pytest.raises(exceptions.InsufficientSpace):
-            sparse_copy.copy_runs(source, target, [qcow2.Run(0, 0, 20 * MIB)])
-
-
 @pytest.mark.parametrize("share", [True, False])
 def test_copy_of_a_source_that_gets_shorter(ext4_folder: Path, share: bool) -> None:
     write_sparse(ext4_folder / "source", 32 * MIB, {0: 32 * MIB})
@@ -192,142 +180,6 @@ def test_clone_range_needs_alignment(xfs_folder: Path) -> None:
     assert (xfs_folder / "target").read_bytes() == bytes(4096) + content[8192 : 8192 + 65536]
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_copy_runs_scatters(folder: Path, share: bool) -> None:
-    content = write_sparse(folder / "source", 12 * MIB, {0: 12 * MIB})
-    runs = [
-        qcow2.Run(0, 9 * MIB, 65536),
-        qcow2.Run(MIB, MIB, 6 * MIB),
-        qcow2.Run(20 * MIB, 512, 4096),
-        qcow2.Run(31 * MIB, 0, MIB + 512),
-    ]
-    size = 32 * MIB + 512
-    seen: list[int] = []
-    with opened(folder / "source", folder / "target") as (source, target):
-        os.ftruncate(target, size)
-        sparse_copy.copy_runs(source, target, runs, share=share, progress=lambda done, _: seen.append(done))
-    expected = bytearray(size)
-    for run in runs:
-        expected[run.guest_offset : run.guest_offset + run.length] = content[run.host_offset :][: run.length]
-    assert (folder / "target").read_bytes() == expected
-    assert seen[0] == 0
-    assert seen[-1] == size
-    sharing = share and reflink.is_supported(str(folder))
-    assert allocated(folder / "target") < 8 * MIB
-    assert shared(folder / "target") == (65536 + 7 * MIB if sharing else 0)
-
-
-def test_copy_runs_past_the_end(ext4_folder: Path) -> None:
-    write_sparse(ext4_folder / "source", MIB, {0: MIB})
-    with opened(ext4_folder / "source", ext4_folder / "target") as (source, target):
-        os.ftruncate(target, 4 * MIB)
-        with pytest.raises(exceptions.StorageError, match="earlier than expected"):
-            sparse_copy.copy_runs(source, target, [qcow2.Run(0, 0, 2 * MIB)])
-
-
-def with_digest(
-    folder: Path, runs: list[qcow2.Run], size: int, progress: Callable[[int, int], None] | None = None
-) -> tuple[str, str]:
-    """Return the digest that was taken of the source, and the one of what the target holds."""
-    with opened(folder / "source", folder / "target") as (source, target):
-        os.ftruncate(target, size)
-        value = sparse_copy.copy_runs_with_digest(source, target, runs, progress=progress)
-        return value, digest.compute(target, digest.BLOCKS, "target")
-
-
-@pytest.mark.parametrize("size", [MIB - 512, 32 * MIB, 32 * MIB + 512, 40 * MIB + 1])
-def test_copy_runs_with_digest(folder: Path, size: int) -> None:
-    content = write_sparse(folder / "source", 12 * MIB, {0: 12 * MIB})
-    wanted = [(0, 9 * MIB, 65536), (MIB - 512, 512, 512), (MIB, MIB, 6 * MIB), (9 * MIB + 512, 512, 2 * MIB + 512),
-              (20 * MIB, 8192, 512), (20 * MIB + 512, 0, 4096), (31 * MIB, 0, MIB)]  # fmt: skip
-    runs = [qcow2.Run(*each) for each in wanted if each[0] + each[2] <= size]
-    seen: list[int] = []
-    ours, of_target = with_digest(folder, runs, size, lambda done, _: seen.append(done))
-    assert ours == of_target
-    expected = bytearray(size)
-    for run in runs:
-        expected[run.guest_offset : run.guest_offset + run.length] = content[run.host_offset :][: run.length]
-    assert (folder / "target").read_bytes() == expected
-    assert (seen[0], seen[-1]) == (0, size)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    gaps=st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 3000), st.integers(0, 1000)), max_size=5),
-    rest=st.integers(0, 3 * MIB),
-)
-def test_digest_of_any_runs_is_that_of_the_target(
-    tmp_path_factory: pytest.TempPathFactory, gaps: list[tuple[int, int, int]], rest: int
-) -> None:
-    folder = tmp_path_factory.mktemp("runs")
-    write_sparse(folder / "source", 4 * MIB, {0: 4 * MIB})
-    runs, end = [], 0
-    for gap, sectors, host in gaps:
-        runs.append(qcow2.Run(end + gap * 512, host * 512, sectors * 512))
-        end += (gap + sectors) * 512
-    ours, of_target = with_digest(folder, runs, end + rest)
-    assert ours == of_target
-    shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("at", [0, 4 * MIB, 64 * MIB])
-def test_copy_runs_with_digest_is_cancelled(ext4_folder: Path, at: int) -> None:
-    write_sparse(ext4_folder / "source", 64 * MIB, {0: 64 * MIB})
-    calls: list[int] = []
-
-    def cancel(done: int, size: int) -> None:
-        calls.append(done)
-        if done >= at:
-            raise exceptions.Cancelled
-
-    before = threading.active_count()
-    with pytest.raises(exceptions.Cancelled):
-        with_digest(ext4_folder, [qcow2.Run(0, 0, 64 * MIB)], 64 * MIB, cancel)
-    assert calls[-1] == at
-    assert len([done for done in calls if done >= at]) == 1
-    assert threading.active_count() == before
-
-
-def test_cancelling_does_not_wait_for_the_zeros_of_a_large_disk(small_tmpfs: Path) -> None:
-    write_sparse(small_tmpfs / "source", MIB, {0: MIB})
-    told: list[int] = []
-
-    def cancel(done: int, size: int) -> None:
-        told.append(done)
-        if len(told) > 3:
-            raise exceptions.Cancelled
-
-    # 4 EiB: its zeros alone would take hours.
-    with pytest.raises(exceptions.Cancelled):
-        with_digest(small_tmpfs, [qcow2.Run(0, 0, MIB)], 4 << 60, cancel)
-
-
-class _EndlessCopy(list[qcow2.Run]):
-    """Runs that never end for the copy, and that leave the source for the digest."""
-
-    def __iter__(self) -> Iterator[qcow2.Run]:
-        if threading.current_thread() is threading.main_thread():
-            return itertools.repeat(qcow2.Run(0, 0, 4096))
-        return iter([qcow2.Run(0, MIB, 512)])
-
-
-def test_a_digest_that_cannot_be_taken_ends_the_copy(ext4_folder: Path) -> None:
-    write_sparse(ext4_folder / "source", MIB, {0: MIB})
-    with pytest.raises(exceptions.StorageError, match=f"ends at {MIB}, earlier than expected") as raised:
-        with_digest(ext4_folder, _EndlessCopy(), MIB)
-    assert raised.value.path == str(ext4_folder / "source")
-
-
-def test_a_copy_that_fails_ends_the_digest(tmp_path: Path, small_tmpfs: Path) -> None:
-    write_sparse(tmp_path / "source", 20 * MIB, {0: 20 * MIB})
-    before = threading.active_count()
-    with opened(tmp_path / "source", small_tmpfs / "target") as (source, target):
-        os.ftruncate(target, 20 * MIB)
-        with pytest.raises(exceptions.InsufficientSpace):
-            sparse_copy.copy_runs_with_digest(source, target, [qcow2.Run(0, 0, 20 * MIB)])
-    assert threading.active_count() == before
-
-
 def test_allocate_allocates_grows_and_never_shrinks(folder: Path) -> None:
     content = write_sparse(folder / "disk", 8 * MIB, {MIB: 4096})
     with opened(folder / "disk") as (disk,):
@@ -356,27 +208,6 @@ def test_allocate_without_rights(tmp_path: Path) -> None:
     finally:
         os.close(disk)
     assert raised.value.errno == errno.EBADF
-
-
-@pytest.mark.parametrize("size", [32 * MIB, 5 * MIB + 512])
-@pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 * MIB])
-def test_copy_runs_of_a_qcow2_image(folder: Path, size: int, cluster_size: int) -> None:
-    image, target = folder / "image", folder / "target"
-    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster_size}", str(image), str(size)]
-    subprocess.run(create, check=True)
-    writes = ["write -P 1 1k 3k", "write -P 2 1M 2M", "write -z 2M 512k", f"write -P 3 {size - 512} 512"]
-    words = [word for write in writes for word in ("-c", write)]
-    subprocess.run(["qemu-io", "-f", "qcow2", *words, str(image)], check=True, capture_output=True)
-    with opened(image, target) as (source, descriptor):
-        os.ftruncate(descriptor, size)
-        header = qcow2.read_header(source, "image")
-        sparse_copy.copy_runs(source, descriptor, qcow2.data_runs(source, header, "image"))
-    compare = ["qemu-img", "compare", "-f", "qcow2", "-F", "raw", str(image), str(target)]
-    assert "identical" in subprocess.run(compare, check=True, capture_output=True, text=True).stdout
-    assert target.stat().st_size == size
-    # Small clusters are not always aligned to the blocks that can be shared.
-    if cluster_size >= 4096:
-        assert (shared(target) > 0) is reflink.is_supported(str(folder))
 
 
 def copy_with_fault(folder: Path, fault: str, *, share: bool) -> str:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from imagebackend.storage.qcow2.chain import BackingFile, backing_chain
+from imagebackend.storage.qcow2.compression import decompressor
+from imagebackend.storage.qcow2.content import Content
 from imagebackend.storage.qcow2.header import CORRUPT, CRYPTO_HEADER, DATA_FILE_NAME, DIRTY, Header, read_header
 from imagebackend.storage.qcow2.overlay import write_overlay
 from imagebackend.storage.qcow2.tables import (
@@ -21,6 +23,7 @@ __all__ = [
     "DATA_FILE_NAME",
     "DIRTY",
     "BackingFile",
+    "Content",
     "Header",
     "Run",
     "Snapshot",
@@ -28,6 +31,7 @@ __all__ = [
     "allocated_size",
     "backing_chain",
     "data_runs",
+    "decompressor",
     "read_header",
     "read_snapshots",
     "write_overlay",

@@ -36,11 +36,18 @@ _LONGEST_FILE = 8 << 40
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Guest data that lie in one piece in the image file; bytes."""
+    """Guest data that lie in one piece in the image file; sizes and offsets in bytes.
+
+    :ivar guest_offset, length: where they are on the disk.
+    :ivar host_offset: where they are in the file.
+    :ivar compressed_length: 0 for data that lie there as they are. Otherwise they are one cluster, or what the disk
+        has of it, which takes this many bytes of the file at most.
+    """
 
     guest_offset: int
     host_offset: int
     length: int
+    compressed_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +150,8 @@ def data_runs(descriptor: int, header: Header, name: str) -> Iterator[Run]:
 
     What no run covers reads as zeros. A run ends at the virtual size and at the end of the file at the latest.
 
-    :raises Unsupported: at once: the image has a backing file, a data file, encryption or extended L2 entries; while
-        iterating: compressed clusters. qemu-img must read it.
+    :raises Unsupported: at once: the image has a backing file, a data file, encryption or extended L2 entries.
+        qemu-img must read it.
     :raises ImageUnacceptable: while iterating: an entry breaks the format's rules or leaves the file.
     :raises StorageError: while iterating: the file cannot be read.
     """
@@ -157,10 +164,10 @@ def data_runs(descriptor: int, header: Header, name: str) -> Iterator[Run]:
     for reason, present in reasons.items():
         if present:
             raise exceptions.Unsupported(f"reading {name} in-process", f"it has {reason}")
-    return _runs(_Tables(descriptor, header, name), header, name)
+    return _runs(_Tables(descriptor, header, name), header)
 
 
-def _runs(tables: _Tables, header: Header, name: str) -> Iterator[Run]:
+def _runs(tables: _Tables, header: Header) -> Iterator[Run]:
     cluster_size = header.cluster_size
     start = host = length = 0
     for table_offset, entries in tables.l2_tables():
@@ -169,23 +176,38 @@ def _runs(tables: _Tables, header: Header, name: str) -> Iterator[Run]:
             host_offset = entry & _OFFSET
             if not host_offset or (entry & (_COMPRESSED | _ZERO)) == _ZERO:
                 continue
-            if entry & _COMPRESSED:
-                raise exceptions.Unsupported(f"reading {name} in-process", "it has compressed clusters")
             guest_offset = table_offset + index * cluster_size
-            if length and guest_offset == start + length and host_offset == host + length:
-                length += cluster_size
-                continue
-            if length:
+            if entry & _COMPRESSED:
                 yield from _clipped(start, host, length, header)
-            start, host, length = guest_offset, host_offset, cluster_size
-    if length:
-        yield from _clipped(start, host, length, header)
+                length = 0
+                yield from _compressed(guest_offset, entry, header)
+            elif length and guest_offset == start + length and host_offset == host + length:
+                length += cluster_size
+            else:
+                yield from _clipped(start, host, length, header)
+                start, host, length = guest_offset, host_offset, cluster_size
+    yield from _clipped(start, host, length, header)
 
 
 def _clipped(start: int, host: int, length: int, header: Header) -> Iterator[Run]:
     length = min(length, header.virtual_size - start, header.file_size - host)
     if length > 0:
         yield Run(start, host, length)
+
+
+def _compressed(guest_offset: int, entry: int, header: Header) -> Iterator[Run]:
+    length = min(header.cluster_size, header.virtual_size - guest_offset)
+    if length > 0:
+        offset, compressed_length = _compressed_place(entry, header.cluster_size)
+        yield Run(guest_offset, offset, length, compressed_length)
+
+
+def _compressed_place(entry: int, cluster_size: int) -> tuple[int, int]:
+    """Return the offset that an L2 entry of a compressed cluster gives, and the length to the end of its sectors."""
+    offset_bits = 62 - (cluster_size.bit_length() - 9)
+    offset = entry & ((1 << offset_bits) - 1)
+    sectors = ((entry & ~_COMPRESSED) >> offset_bits) + 1
+    return offset, (offset // 512 + sectors) * 512 - offset
 
 
 class _Tables:
@@ -292,10 +314,8 @@ class _Tables:
         header = self._header
         if entry & _COPIED:
             raise self.refusal(f"L2 entry {entry:#x} sets reserved bits")
-        offset_bits = 62 - (header.cluster_size.bit_length() - 9)
-        offset = entry & ((1 << offset_bits) - 1)
-        sectors = ((entry & ~_COMPRESSED) >> offset_bits) + 1
-        end = (offset // 512 + sectors) * 512
+        offset, length = _compressed_place(entry, header.cluster_size)
+        end = offset + length
         if offset < header.cluster_size or end > header.file_size + header.cluster_size or offset >= header.file_size:
             raise self.refusal(f"compressed data at {offset} leave the file of {header.file_size} bytes")
 
