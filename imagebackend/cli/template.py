@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["default_name", "template"]
 
 _EXTENSIONS = tuple(f".{extension}" for extension in (*FILE_FORMATS, "img", "iso", "vhd"))
+_COMPRESSED = (".bz2", ".gz", ".xz", ".zst")
 _SCHEMES = ("file", "http", "https")
 
 
@@ -195,7 +196,7 @@ def default_name(url: str) -> str:
     scheme, colon, _ = url.partition(":")
     path = urllib.parse.unquote(urllib.parse.urlsplit(url).path) if colon and scheme.lower() in _SCHEMES else url
     name = path.rpartition("/")[2]
-    for extension in _EXTENSIONS:
+    for extension in (*(f"{each}{packed}" for each in _EXTENSIONS for packed in _COMPRESSED), *_EXTENSIONS):
         name = name.removesuffix(extension)
     try:
         return names.check_name("template", name)

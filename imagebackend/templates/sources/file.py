@@ -17,7 +17,7 @@ from oslo_config import cfg
 
 from imagebackend import exceptions
 from imagebackend.storage import reflink
-from imagebackend.templates.sources import Fetched, Metadata, Progress, Source
+from imagebackend.templates.sources import Fetched, Metadata, Progress, Source, compression
 from imagebackend.templates.sources.document import path_of
 from imagebackend.templates.sources.expectation import Expectation
 from imagebackend.templates.sources.sink import BLOCK_SIZE, Sink
@@ -44,6 +44,7 @@ class FileSource(Source):
         self._expected = Expectation(checksum, os.path.basename(self._path), conf)
         self._disk_format = disk_format
         self._clone = conf.reflink != "never"
+        self._largest: int = conf.image_cache.max_virtual_size
 
     def metadata(self) -> Metadata:
         with self._open() as (_, found):
@@ -55,19 +56,26 @@ class FileSource(Source):
         started = time.monotonic()
         LOG.info("fetching %s", self._source)
         checksum = self._expected.checksum(progress)
-        with self._open() as (descriptor, before), Sink(target, self._source, checksum, progress) as sink:
-            if self._clone and reflink.clone_file(descriptor, sink.fileno()):
+        with (
+            self._open() as (descriptor, before),
+            Sink(target, self._source, checksum, progress, largest=self._largest) as sink,
+        ):
+            compressed = self._is_compressed(descriptor)
+            if self._clone and not compressed and reflink.clone_file(descriptor, sink.fileno()):
                 sink.expect(before.st_size, required=0)
                 self._read(sink.fileno(), before.st_size, sink, sink.take)
             else:
                 sink.expect(before.st_size, required=min(before.st_size, before.st_blocks * 512))
-                self._read(descriptor, before.st_size, sink, sink.write)
+                self._read(descriptor, before.st_size, sink, sink.write, holes=not compressed)
             sha256 = sink.finish()
             after = os.fstat(descriptor)
             if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 raise exceptions.FetchFailed(self._source, "it changed while it was copied")
-        LOG.info("fetched %s: %d bytes in %.1f s", self._source, before.st_size, time.monotonic() - started)
-        return Fetched(self._source, before.st_size, sha256, self._disk_format, *_state(before))
+            LOG.info("fetched %s: %d bytes in %.1f s", self._source, before.st_size, time.monotonic() - started)
+            return Fetched(
+                self._source, before.st_size, sha256, self._disk_format, *_state(before), sink.compression,
+                sink.content_sha256,
+            )  # fmt: skip
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[int, os.stat_result]]:
@@ -84,8 +92,16 @@ class FileSource(Source):
         finally:
             os.close(descriptor)
 
-    def _read(self, descriptor: int, size: int, sink: Sink, take: Callable[[bytearray], None]) -> None:
-        for start, end in self._data(descriptor, size):
+    def _is_compressed(self, descriptor: int) -> bool:
+        try:
+            return compression.recognise(os.pread(descriptor, compression.LONGEST_MARK, 0)) is not None
+        except OSError as error:
+            raise exceptions.FetchFailed(self._source, error.strerror or str(error)) from error
+
+    def _read(
+        self, descriptor: int, size: int, sink: Sink, take: Callable[[bytearray], None], *, holes: bool = True
+    ) -> None:
+        for start, end in self._data(descriptor, size) if holes else [(0, size)]:
             sink.skip(start - sink.size)
             while sink.size < end:
                 take(self._block(descriptor, sink.size, end))

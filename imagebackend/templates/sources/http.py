@@ -55,6 +55,7 @@ class HttpSource(Source):
         self._source = self._resource.shown
         self._expected = Expectation(checksum, self._resource.name, conf, wait=wait)
         self._disk_format = disk_format
+        self._largest: int = conf.image_cache.max_virtual_size
 
     def metadata(self) -> Metadata:
         checksum = self._expected.checksum()
@@ -82,12 +83,15 @@ class HttpSource(Source):
         started = time.monotonic()
         LOG.info("fetching %s", self._source)
         checksum = self._expected.checksum(progress)
-        with Sink(target, self._source, checksum, progress, part=resume) as sink:
+        with Sink(target, self._source, checksum, progress, part=resume, largest=self._largest) as sink:
             transfer = Transfer(self._resource, sink, record=target if resume else None)
             transfer.run()
             sha256 = sink.finish()
-        LOG.info("fetched %s: %d bytes in %.1f s", self._source, sink.size, time.monotonic() - started)
-        return Fetched(self._source, sink.size, sha256, self._disk_format, transfer.etag, transfer.last_modified)
+            LOG.info("fetched %s: %d bytes in %.1f s", self._source, sink.size, time.monotonic() - started)
+            return Fetched(
+                self._source, sink.size, sha256, self._disk_format, transfer.etag, transfer.last_modified,
+                sink.compression, sink.content_sha256,
+            )  # fmt: skip
 
     @contextlib.contextmanager
     def _ask(self, headers: dict[str, str], *accepted: int) -> Iterator[HTTPResponse]:

@@ -142,7 +142,7 @@ class Transfer:
         """Record how far the transfer is; return whether another one could go on from there."""
         self._recorded = time.monotonic()
         sink = self._sink
-        if not self._recordable or not self._validator or not sink.size:
+        if not self._recordable or not self._validator or not sink.resumable:
             return False
         if sink.size != self._taken_up:  # or it would never get too old
             assert self._record is not None

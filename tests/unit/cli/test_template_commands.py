@@ -93,6 +93,8 @@ def test_what_cannot_be_checked_is_wrong_usage(
         ("https://user:secret@images.example/debian-12-amd64.qcow2?signature=a/b.c#part", "debian-12-amd64"),
         ("HTTP://images.example/debian-12.raw", "debian-12"),
         ("debian-12.tar.gz", "debian-12.tar.gz"),
+        ("https://host/debian-12.raw.xz", "debian-12"),
+        ("/images/debian-12.qcow2.zst", "debian-12"),
     ],
 )
 def test_a_template_is_called_after_its_source(url: str, name: str) -> None:
