@@ -390,11 +390,11 @@ class Rbd(Image):
             contextlib.ExitStack() as undo,
         ):
             self.verify_base_size(template.path, size, template.virtual_size)
-            self.templates.lease(name, self._disk.owner)
-            undo.callback(self._release_quietly, name)
+            self.templates.lease(template.file, self._disk.owner)
+            undo.callback(self._release_quietly, template.file)
             faults.point("disk.create.leased")
             wanted = size or template.virtual_size
-            stored = RbdTemplate(name, template.virtual_size, template.sha256)
+            stored = RbdTemplate(template.name, template.virtual_size, template.sha256)
             self._clone_template(stored, wanted, lambda: self._store.ensure(template, wanted, kwargs.get("progress")))
             undo.pop_all()
 

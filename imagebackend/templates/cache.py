@@ -4,31 +4,32 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from oslo_config import cfg
 
-from imagebackend import exceptions, faults, names
-from imagebackend.storage import digest, publish
-from imagebackend.templates import download, fetching, inspection, leases, record
+from imagebackend import exceptions, names
+from imagebackend.templates import leases, pulling, record, removal, tags, trust
 from imagebackend.templates.fetching import FetchFunction, Progress, Request
 from imagebackend.templates.folder import TemplateFolder
 from imagebackend.templates.leases import Lease, Owner
+from imagebackend.templates.pulling import POLICIES
 from imagebackend.templates.record import Template
+from imagebackend.templates.sources import Source
 
-__all__ = ["FetchFunction", "Template", "TemplateCache"]
+__all__ = ["POLICIES", "FetchFunction", "Template", "TemplateCache"]
 
 LOG = logging.getLogger(__name__)
 
 # How often the use of a template is noted, in seconds: pruning counts in hours.
 _NOTE_EVERY = 300.0
+
 _HINT = "add it with 'imagebackend template add'"
 
 
@@ -74,7 +75,7 @@ class TemplateCache:
         :raises CorruptRecord: its record or its file is damaged.
         """
         record.check_reference(name)
-        template = self._folder.read(name) or self._folder.read(self._resolve(name))
+        template = self._folder.read(name) or self._folder.read(trust.resolve(self._folder, name))
         if template is None:
             raise exceptions.TemplateNotFound(name, _HINT)
         return template
@@ -105,12 +106,13 @@ class TemplateCache:
                 LOG.warning("template %s is left out: %s", name, error)
         return found
 
-    def names(self) -> Sequence[str]:
+    def names(self, *, former: bool = False) -> Sequence[str]:
         """Return the names of all templates, sorted, whether their records are sound or not.
 
+        :param former: also of those that another image has taken the name of.
         :raises PermissionDenied, StorageError: the folder cannot be read.
         """
-        return [name for name in self._folder.names() if "@" not in name]
+        return [name for name in self._folder.names() if former or "@" not in name]
 
     def fetch(
         self,
@@ -139,13 +141,71 @@ class TemplateCache:
         and under a temporary name, the part of an image that its source can go on with.
         """
         names.check_name("template", name)
-        template = self._trusted(name, size)
-        if template is None and self._folder.is_recorded(name):
-            self._examine(name, progress)
-        if template is not None:
-            return template
-        with self._folder.lock(name):
-            return self._fetch_locked(Request(name, fetch_func, args, kwargs, size, progress))
+        return pulling.fetch(self._folder, Request(name, fetch_func, args, kwargs, size, progress))
+
+    def pull(
+        self,
+        name: str,
+        source: Source,
+        policy: str = "missing",
+        *,
+        size: int | None = None,
+        progress: Progress | None = None,
+    ) -> Template:
+        """Return a template, after asking its source as the policy says.
+
+        What is there stays, and disks go on being made from it, until what comes from the source is complete. It then
+        has the name, and what had it before stays for the disks that depend on it, as ``NAME@DIGITS``, until it is
+        pruned. If the source has the same image, nothing is kept twice; if the one here is damaged, that mends it.
+
+        :param policy: ``missing``: ask only if the template is absent. ``newer``: fetch it if the source has another
+            image; if it cannot be reached, that is a warning, and what is there does. ``always``: fetch it. ``never``:
+            do not ask.
+        :param size, progress: as for :meth:`fetch`.
+        :raises InvalidArgument: there is no such policy.
+        :raises TemplateExists: the name is a tag of another template.
+        :raises TemplateNotFound: it is absent, and the policy is ``never``.
+        :raises FetchFailed, ChecksumMismatch, FetchTimeout: the source did not deliver.
+
+        All else that :meth:`fetch` raises is raised here.
+        """
+        if policy not in POLICIES:
+            raise exceptions.InvalidArgument(f"pull policy {policy!r}: {', '.join(POLICIES)} are known")
+        if policy == "never":
+            return self.get(name)
+        request = Request(names.check_name("template", name), source.fetch, size=size, progress=progress)
+        return pulling.pull(self._folder, request, source, policy)
+
+    def tag(self, name: str, tag: str) -> None:
+        """Give a template another name, or move that name to it; :meth:`get`, :meth:`fetch`, :meth:`use` know it.
+
+        :param tag: the other name.
+        :raises InvalidName: no template can be called that.
+        :raises TemplateNotFound: there is no template ``name``.
+        :raises TemplateExists: there is a template ``tag``.
+        """
+        names.check_name("template", tag)
+        name = self._require(names.check_name("template", name), hint="")
+        # Nobody fetches a template of that name meanwhile.
+        with self._folder.lock(tag):
+            if self._folder.is_recorded(tag):
+                raise exceptions.TemplateExists(tag, "a template has that name, so that it cannot be a tag")
+            tags.move(self._folder.tags, tag, name)
+
+    def untag(self, tag: str) -> None:
+        """Take a tag away; the template stays.
+
+        :raises TemplateNotFound: there is no such tag.
+        """
+        if not tags.remove(self._folder.tags, names.check_name("template", tag)):
+            raise exceptions.TemplateNotFound(tag, "there is no such tag")
+
+    def tags(self) -> Mapping[str, str]:
+        """Return all tags, sorted, and the name of the template that each means.
+
+        :raises PermissionDenied, StorageError: they cannot be read.
+        """
+        return tags.read_all(self._folder.tags)
 
     @contextlib.contextmanager
     def use(
@@ -170,18 +230,16 @@ class TemplateCache:
             name = self._require(name)
         while True:
             with self._folder.lock(name, shared=True):
-                template = self._trusted(name, size)
+                template = trust.trusted(self._folder, name, size)
                 if template is not None:
                     self._note_use(template.file)
                     yield template
                     return
-            if self._folder.is_recorded(name):
-                self._examine(name, progress)
-            elif fetch_func is None:
+            # Examined, resolved or fetched; then it is looked at again under the lock.
+            if fetch_func is not None:
+                name = pulling.fetch(self._folder, Request(name, fetch_func, args, kwargs, size, progress)).name
+            elif trust.usable(self._folder, name, size, progress) is None:
                 self._require(name)
-            else:
-                with self._folder.lock(name):
-                    self._fetch_locked(Request(name, fetch_func, args, kwargs, size, progress))
 
     def last_used(self, template: Template) -> float:
         """Return when a template was used last, in seconds since the epoch: fetched, or a disk made or dropped."""
@@ -229,8 +287,7 @@ class TemplateCache:
         :raises PermissionDenied, StorageError: they cannot be read.
         """
         record.check_reference(name)
-        found = [lease for file in self._files(name) for lease in leases.read_all(self._folder.leases(file), name)]
-        return sorted(found, key=lambda lease: lease.owner.link)
+        return removal.users(self._folder, name)
 
     def verify(self, name: str, progress: Progress | None = None) -> Template:
         """Read a template again and compare it with its digest.
@@ -240,24 +297,7 @@ class TemplateCache:
         :raises TemplateNotFound: it is not in the cache.
         :raises CorruptRecord: the record or the file is damaged.
         """
-        name = self._require(record.check_reference(name), hint="")
-        with self._folder.lock(name, shared=True):
-            template = self._folder.read(name, check_file=False)
-            if template is None:
-                raise exceptions.TemplateNotFound(name)
-            path, expected = template.path, template.digest
-            with fetching.open_image(path) as descriptor:
-                # Before it is read: what is changed while it is read, behind the reader, must show as changed later.
-                found = os.fstat(descriptor)
-                actual = digest.compute(descriptor, expected.partition(":")[0], path, progress)
-        if actual != expected:
-            raise exceptions.CorruptRecord(
-                path, f"the template is damaged: its digest is {actual}, recorded as {expected}; restore or remove it"
-            )
-        # Same bytes, another time of change: a copy or a restore touched the file, not its content.
-        return (
-            template if found.st_mtime_ns == template.modified else self._rewrite(template, modified=found.st_mtime_ns)
-        )
+        return trust.verify(self._folder, self._require(record.check_reference(name), hint=""), progress)
 
     def remove(self, name: str) -> None:
         """Remove a template that no disk depends on.
@@ -269,62 +309,10 @@ class TemplateCache:
         """
         record.check_reference(name)
         with self._folder.lock(name):
-            try:
-                self._folder.read(name, check_file=False)
-            except record.NewerRecord:
-                raise
-            except exceptions.CorruptRecord as error:
-                LOG.warning("removing template %s: %s", name, error)
-            users = [f"{lease.owner.host}:{lease.owner.path}" for lease in self.leases(name)]
-            if users:
-                raise exceptions.TemplateInUse(name, users)
-            files = self._files(name)
-            # The record goes first: from then on nothing but a file without a meaning is left.
-            there = self._folder.forget(name)
-            faults.point("template.remove.record")
-            for file in files:
-                there |= publish.remove_file(self._folder.file(file))
-            faults.point("template.remove.file")
-            there |= download.remove(self._folder.download(name))
-            there |= publish.remove_file(publish.partial_path(self._folder.file(name)))
-            for file in files:
-                with contextlib.suppress(OSError):
-                    os.rmdir(self._folder.leases(file))
+            there = removal.remove(self._folder, name)
         if not there:
             raise exceptions.TemplateNotFound(name)
         LOG.info("template %s removed", name)
-
-    def _files(self, name: str) -> Sequence[str]:
-        """Return the files of a template: one, unless its record cannot be understood."""
-        try:
-            template = self._folder.read(name, check_file=False)
-        except exceptions.CorruptRecord:
-            return self._folder.unclaimed(name)
-        return [name if template is None else template.file]
-
-    def _fetch_locked(self, request: Request) -> Template:
-        name = request.name
-        template = self._folder.read(name)
-        if template is not None:
-            return template
-        if os.path.lexists(self._folder.file(name)) and self.leases(name):
-            raise exceptions.CorruptRecord(
-                self._folder.record(name),
-                "the template's record is gone while disks depend on its file; restore the record",
-            )
-        with fetching.arriving(self._folder, request, name) as arrival, contextlib.ExitStack() as undo:
-            template = arrival.publish(name)
-            undo.callback(self._forget_quietly, name)
-            self._folder.write(template)
-            faults.point("template.fetch.recorded")
-            undo.pop_all()
-        LOG.info("template %s fetched from %s: %s, %d bytes", name, template.source, template.format, template.size)
-        return template
-
-    def _forget_quietly(self, name: str) -> None:
-        # An undo step: the error that led here matters more. The record goes before the file, as in remove().
-        with contextlib.suppress(exceptions.ImageBackendError):
-            self._folder.forget(name)
 
     def _note_use(self, file: str) -> None:
         """Note that a template is used, since disks that do not depend on it leave no trace, by its leases' folder."""
@@ -336,55 +324,12 @@ class TemplateCache:
         with contextlib.suppress(OSError):
             leases.touch(self._folder.leases(file))
 
-    def _resolve(self, name: str) -> str:
-        """Return the name of the template that is meant: its own, or that of its file."""
-        if self._folder.is_recorded(name) or "@" not in name:
-            return name
-        found = self._folder.find(name)
-        return name if found is None else found.name
-
     def _require(self, name: str, hint: str = _HINT) -> str:
         """Return the name of the template that is meant.
 
         :raises TemplateNotFound: there is none.
         """
-        name = self._resolve(name)
+        name = trust.resolve(self._folder, name)
         if not self._folder.is_recorded(name):
             raise exceptions.TemplateNotFound(name, hint)
         return name
-
-    def _trusted(self, name: str, size: int | None) -> Template | None:
-        """Return the template if it may be used as it stands; None if it is absent, or to be examined first."""
-        try:
-            template = self._folder.read(name)
-        except record.TouchedTemplate:
-            return None
-        if template is None or template.inspector != inspection.INSPECTOR_VERSION:
-            return None
-        fetching.check_size(self._conf, name, template.virtual_size, template.min_disk, size)
-        return template
-
-    def _examine(self, name: str, progress: Progress | None) -> None:
-        """Read a template that was touched again, and inspect anew one that an older inspector accepted.
-
-        :raises CorruptRecord: its data have changed.
-        :raises ImageUnacceptable: the inspector of today refuses it.
-        """
-        try:
-            template = self.verify(name, progress)
-        except exceptions.TemplateNotFound:
-            return  # removed meanwhile
-        if template.inspector == inspection.INSPECTOR_VERSION:
-            return
-        with fetching.open_image(template.path) as image:
-            verdict = inspection.inspect(image, name, template.format)
-        self._rewrite(template, inspector=inspection.INSPECTOR_VERSION, notes=verdict.notes)
-
-    def _rewrite(self, template: Template, **changes: Any) -> Template:
-        refreshed = dataclasses.replace(template, **changes)
-        faults.point("template.verify.touched")
-        with self._folder.lock(template.name):
-            # It may have been removed, or fetched anew, since it was read.
-            if self._folder.read(template.name, check_file=False) == template:
-                self._folder.write(refreshed)
-        return refreshed

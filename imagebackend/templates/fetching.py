@@ -74,20 +74,33 @@ class Arrival:
 
         :raises InsufficientSpace, PermissionDenied, StorageError: it has not got the name.
         """
+        self._published = self._folder.file(file)
+        return self._commit(file, replace=False)
+
+    def mend(self, file: str) -> Template:
+        """Put the image in the place of a file that is damaged, and should hold the same; return it, for the record.
+
+        Whoever has the damaged file open keeps that. It is not taken back: nothing is better off without it.
+
+        :raises InsufficientSpace, PermissionDenied, StorageError: the damaged file may still be there.
+        """
+        return self._commit(file, replace=True)
+
+    def take_back_quietly(self) -> None:
+        """Remove the file as an undo step, if it was published: the error that led here matters more."""
+        if self._published is not None:
+            publish.remove_quietly(self._published)
+
+    def _commit(self, file: str, *, replace: bool) -> Template:
         path = self._folder.file(file)
-        self._published = path
-        publish.commit(self._descriptor, self.template.path, path, durable=self._folder.conf.durable_writes)
+        durable = self._folder.conf.durable_writes
+        publish.commit(self._descriptor, self.template.path, path, durable=durable, replace=replace)
         if self._target != self.template.path:
             # Before the record: once the template is there, nobody looks for leftovers of its fetch.
             publish.remove_file(self._target)
         faults.point("template.fetch.published")
         found = os.stat(path)
         return dataclasses.replace(self.template, file=file, path=path, size=found.st_size, modified=found.st_mtime_ns)
-
-    def take_back_quietly(self) -> None:
-        """Remove the file as an undo step, if it was published: the error that led here matters more."""
-        if self._published is not None:
-            publish.remove_quietly(self._published)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@
     .NAME.partial           while it is converted
     .records/NAME.json      its record
     .leases/FILE/           who depends on its file
+    .tags/TAG               another name of a template: a symbolic link to NAME
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ class TemplateFolder:
         """Return the path of a template's record."""
         return f"{self.path}/.records/{name}.json"
 
+    @property
+    def tags(self) -> str:
+        """The folder of the tags."""
+        return f"{self.path}/.tags"
+
     def leases(self, file: str) -> str:
         """Return the folder of the leases on a template's file."""
         return f"{self.path}/.leases/{file}"
@@ -68,6 +74,10 @@ class TemplateFolder:
         path = f"{self.locks}/template-{record.base_name(name)}"
         timeout = self.conf.lock_timeout if timeout is None else timeout
         return locks.hold(path, timeout=timeout, shared=shared, transient=not shared)
+
+    def pull_lock(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock under which a template that is there is fetched anew, while disks are made from it."""
+        return locks.hold(f"{self.locks}/pull-{name}", timeout=self.conf.lock_timeout, transient=True)
 
     def is_recorded(self, name: str) -> bool:
         """Return whether a template is there."""
@@ -116,6 +126,23 @@ class TemplateFolder:
         """
         return [each for each in self.names() if each.startswith(f"{record.base_name(name)}@")]
 
+    def leftovers(self, name: str) -> Sequence[str]:
+        """Return the names whose records say what had a name before, though its file is that of the template of today.
+
+        A process that was killed while it replaced one by the other leaves such a record.
+
+        :raises PermissionDenied, StorageError: the folder cannot be read.
+        """
+        base, found = record.base_name(name), []
+        with contextlib.suppress(exceptions.CorruptRecord):
+            current = self.read(base, check_file=False)
+            for each in self.generations(base) if current is not None else ():
+                with contextlib.suppress(exceptions.CorruptRecord):
+                    former = self.read(each, check_file=False)
+                    if former is not None and current is not None and former.file == current.file:
+                        found.append(each)
+        return found
+
     def find(self, file: str) -> Template | None:
         """Return the template whose file has a name, by the records alone, or None.
 
@@ -141,6 +168,8 @@ class TemplateFolder:
                 claimed.add(template.file if template is not None else "")
         try:
             entries = os.listdir(self.path)
+        except FileNotFoundError:
+            return []
         except OSError as error:
             raise exceptions.storage_error(error, self.path) from error
         return sorted(each for each in entries if record.base_name(each) == base and each not in claimed)

@@ -18,6 +18,7 @@ import pytest
 
 from imagebackend import exceptions, faults
 from imagebackend.images.qcow2 import Qcow2
+from imagebackend.templates.sources import open_source
 from tests.contract.conftest import MIB, STORES, RbdStore, Store, open_store
 
 SWEPT = ("raw-ext4", "raw-xfs", "raw-of-qcow2", "qcow2", "qcow2-options", "qcow2-on-qcow2", "rbd-v1", "rbd-v2")
@@ -96,6 +97,28 @@ def remove_template(store: Store) -> None:
     store.backend.templates.remove("template")
 
 
+def another_image(store: Store) -> None:
+    """A disk that depends on a template, in whose place another image comes."""
+    make_and_write(store)
+    (store.sources / "image").write_bytes(b"another" * MIB)
+
+
+def pull(store: Store) -> None:
+    source = open_source(str(store.sources / "image"), store.conf)
+    store.backend.templates.pull("template", source, "always")
+
+
+def pull_back(store: Store) -> None:
+    """What comes is what had the name before."""
+    source = open_source(str(store.source), store.conf)
+    store.backend.templates.pull("template", source, "always")
+
+
+def pulled(store: Store) -> None:
+    another_image(store)
+    pull(store)
+
+
 OPERATIONS = {
     "create, cold": Operation(nothing, make),
     "create, cold, from qcow2": Operation(nothing, make_cold_converted),
@@ -119,6 +142,8 @@ OPERATIONS = {
         make_and_write, lambda store: store.image().import_file(store.image().instance, local_file(store), "disk")
     ),
     "remove": Operation(snapshotted, lambda store: store.image().remove()),
+    "pull": Operation(another_image, pull),
+    "pull back": Operation(pulled, pull_back),
     "remove template": Operation(template, remove_template, done=(exceptions.TemplateNotFound,)),
 }
 
@@ -145,9 +170,13 @@ def state_of(store: Store) -> State:
         for name in snapshots[image.path]:
             contents[f"{image.path}@{name}"] = store.snapshot_content(image, name)
     templates = store.backend.templates
-    for name in templates.names():
+    names = templates.names(former=True)
+    for name in names:
         templates.verify(name)
-    leases = [lease.owner.path for name in templates.names() for lease in templates.leases(name)]
+    # A template that two records name, since a process was killed between them, is leased once.
+    leases = sorted(
+        {f"{templates.get(name).file} {lease.owner.path}" for name in names for lease in templates.leases(name)}
+    )
     extracts = [path.name for path in store.sources.glob("extract*")]
     for name in extracts:
         store.run(
@@ -160,7 +189,7 @@ def state_of(store: Store) -> State:
             store.sources / name,
             store.image().path,
         )
-    return State(contents, snapshots, list(templates.names()), leases, extracts)
+    return State(contents, snapshots, list(names), leases, extracts)
 
 
 def run(step: int, act: Callable[[], object]) -> int:

@@ -139,6 +139,36 @@ def test_a_template_is_not_added_twice(command: Command) -> None:
     assert command.json("template", "show", "base")["virtual_size"] == MIB
 
 
+def test_a_template_is_pulled_as_the_policy_says(command: Command) -> None:
+    image = command.raw_image("base.raw")
+    assert command.json("template", "pull", image)["pulled"] is True
+    assert command.done("template", "pull", image) == "template base is there: raw, 1 MiB\n"
+    assert command.done("template", "pull", "--policy", "newer", image) == "template base is up to date: raw, 1 MiB\n"
+    first = command.json("template", "show", "base")
+
+    command.raw_image("base.raw", 2 * MIB)
+    assert command.json("template", "pull", "--policy", "never", image)["pulled"] is False
+    assert command.done("template", "pull", "--policy", "newer", image) == "template base pulled: raw, 2 MiB\n"
+    assert command.json("template", "show", f"base@{first['sha256'][:16]}")["file"] == first["file"] == "base"
+
+    image.unlink()
+    result = command.run("template", "pull", "--policy", "newer", image)
+    assert (result.exit_code, result.stdout) == (0, "template base is up to date: raw, 2 MiB\n")
+    assert "template base stays as it is: cannot fetch file://" in result.stderr
+    assert command.run("template", "pull", "--policy", "always", image).exit_code == 1
+    assert command.run("template", "pull", "--policy", "never", "--name", "other", image).exit_code == 3
+    assert command.run("template", "pull", "--policy", "perhaps", image).exit_code == 2
+
+
+def test_a_disk_is_made_from_a_template_by_its_tag(command: Command) -> None:
+    command.done("template", "add", "--name", "base-1", command.raw_image())
+    assert command.done("template", "tag", "base-1", "stable") == "template base-1 is stable, too\n"
+    assert command.json("disk", "create", "vm1", "disk", "--template", "stable")["size"] == MIB
+    assert command.json("template", "show", "base-1")["users"][0]["instance"] == "vm1"
+    assert command.json("template", "untag", "stable", "oldest")["tags"][1]["error"]["exit_status"] == 3
+    assert command.run("disk", "create", "vm2", "disk", "--template", "stable").exit_code == 3
+
+
 def test_progress_of_adding_is_told_in_lines_on_stderr(command: Command) -> None:
     result = command.run("template", "add", "--name", "base", command.raw_image())
 

@@ -11,60 +11,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from imagebackend import exceptions, faults
-from imagebackend.templates.cache import Template, TemplateCache
+from imagebackend.templates.cache import TemplateCache
 from imagebackend.templates.leases import Owner
 from imagebackend.templates.sources import open_source
 from tests.contract.conftest import configured
-from tests.functional.image_building import converted, make_disk
-
-MIB = 1 << 20
-OWNER = Owner("instance", "disk", "host", "/srv/instance/disk")
-
-
-class Cache:
-    """A template cache in a folder, and images to fill it with."""
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        self.folder = folder / "instances"
-        self.conf = configured(self.folder, "raw", **options)
-        self.cache = TemplateCache(self.conf)
-        self.sources = folder / "sources"
-        self.sources.mkdir()
-        self.disk = self.sources / "disk.raw"
-        make_disk(self.disk)
-        self.fetches = 0
-
-    def fetcher(self, source: Path | None = None) -> Callable[..., None]:
-        def fetch(target: str, **kwargs: Any) -> None:
-            self.fetches += 1
-            shutil.copyfile(source or self.disk, target)
-
-        return fetch
-
-    def fetch(self, name: str = "template", source: Path | None = None, **options: Any) -> Template:
-        return self.cache.fetch(name, self.fetcher(source), **options)
-
-    def image(self, image_format: str, *options: str) -> Path:
-        """Return the disk in another format."""
-        path = self.sources / f"disk.{image_format}"
-        converted(image_format, *options)(path)
-        return path
-
-    def files(self) -> list[str]:
-        """Return everything that is there, lock files and folders that stay included."""
-        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if not path.is_dir())
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path)
+from tests.functional.image_building import make_disk
+from tests.unit.templates.conftest import MIB, OWNER, Cache
 
 
 def sha256(path: str | Path) -> str:

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a template may be used as it stands, and another look at one that may not.
+
+A template whose file is as it was recorded is trusted, since it was inspected and hashed when it came. One that was
+touched since is read again, and one that an older inspector accepted is inspected again, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from imagebackend import exceptions, faults
+from imagebackend.storage import digest
+from imagebackend.templates import fetching, inspection, record, tags
+from imagebackend.templates.fetching import Progress
+from imagebackend.templates.folder import TemplateFolder
+from imagebackend.templates.record import Template
+
+__all__ = ["resolve", "rewrite", "trusted", "usable", "verify"]
+
+
+def resolve(folder: TemplateFolder, name: str) -> str:
+    """Return the name of the template that is meant by its own, by that of its file, or by a tag; or ``name``."""
+    if folder.is_recorded(name):
+        return name
+    if "@" in name:
+        found = folder.find(name)
+        return name if found is None else found.name
+    tagged = tags.read(folder.tags, name)
+    return name if tagged is None or not folder.is_recorded(tagged) else tagged
+
+
+def trusted(folder: TemplateFolder, name: str, size: int | None) -> Template | None:
+    """Return a template if it may be used as it stands; None if it is absent, or to be examined first.
+
+    :param size: refuse one that does not fit into a disk of this many bytes; None: no check.
+    :raises CorruptRecord: it is damaged.
+    :raises DiskTooSmall: it does not fit.
+    """
+    try:
+        template = folder.read(name)
+    except record.TouchedTemplate:
+        return None
+    if template is None or template.inspector != inspection.INSPECTOR_VERSION:
+        return None
+    fetching.check_size(folder.conf, name, template.virtual_size, template.min_disk, size)
+    return template
+
+
+def usable(folder: TemplateFolder, name: str, size: int | None, progress: Progress | None = None) -> Template | None:
+    """Return a template if it may be used, after another look at it if need be; None if it is absent.
+
+    :param size: as for :func:`trusted`.
+    :param progress: called with the bytes done and in all while it is read again.
+    :raises CorruptRecord: it is damaged.
+    :raises ImageUnacceptable: the inspector of today refuses it.
+    :raises DiskTooSmall: it does not fit.
+    """
+    template = trusted(folder, name, size)
+    while template is None and folder.is_recorded(name):
+        _examine(folder, name, progress)
+        template = trusted(folder, name, size)
+    return template
+
+
+def verify(folder: TemplateFolder, name: str, progress: Progress | None = None) -> Template:
+    """Read a template again and compare it with its digest; see :meth:`.cache.TemplateCache.verify`."""
+    with folder.lock(name, shared=True):
+        template = folder.read(name, check_file=False)
+        if template is None:
+            raise exceptions.TemplateNotFound(name)
+        path, expected = template.path, template.digest
+        with fetching.open_image(path) as descriptor:
+            # Before it is read: what is changed while it is read, behind the reader, must show as changed later.
+            found = os.fstat(descriptor)
+            actual = digest.compute(descriptor, expected.partition(":")[0], path, progress)
+    if actual != expected:
+        reason = f"the template is damaged: its digest is {actual}, recorded as {expected}; restore or remove it"
+        raise exceptions.CorruptRecord(path, reason)
+    if found.st_mtime_ns == template.modified:
+        return template
+    # Same bytes, another time of change: a copy or a restore touched the file, not its content.
+    return rewrite(folder, template, modified=found.st_mtime_ns)
+
+
+def rewrite(folder: TemplateFolder, template: Template, **changes: Any) -> Template:
+    """Record changes of a template, unless it was removed or changed otherwise since it was read; return it so."""
+    refreshed = dataclasses.replace(template, **changes)
+    faults.point("template.verify.touched")
+    with folder.lock(template.name):
+        if folder.read(template.name, check_file=False) == template:
+            folder.write(refreshed)
+    return refreshed
+
+
+def _examine(folder: TemplateFolder, name: str, progress: Progress | None) -> None:
+    """Read a template that was touched again, and inspect anew one that an older inspector accepted."""
+    try:
+        template = verify(folder, name, progress)
+    except exceptions.TemplateNotFound:
+        return  # removed meanwhile
+    if template.inspector == inspection.INSPECTOR_VERSION:
+        return
+    with fetching.open_image(template.path) as image:
+        verdict = inspection.inspect(image, name, template.format)
+    rewrite(folder, template, inspector=inspection.INSPECTOR_VERSION, notes=verdict.notes)
