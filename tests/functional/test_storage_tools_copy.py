@@ -18,6 +18,7 @@ import pytest
 
 from imagebackend import exceptions
 from imagebackend.storage import reflink, sparse_copy
+from imagebackend.storage.run import Run
 from tests import counting
 from tests.functional.filesystems import allocated, shared
 
@@ -156,6 +157,46 @@ def test_copy_of_a_source_that_gets_shorter(ext4_folder: Path, share: bool) -> N
         with pytest.raises(exceptions.StorageError, match="earlier than expected") as raised:
             sparse_copy.copy(source, target, share=share, progress=lambda done, size: done and cut(done, size))
     assert raised.value.path == str(ext4_folder / "source")
+
+
+def test_copy_runs_to_a_full_file_system(tmp_path: Path, small_tmpfs: Path) -> None:
+    write_sparse(tmp_path / "source", 20 * MIB, {0: 20 * MIB})
+    with opened(tmp_path / "source", small_tmpfs / "target") as (source, target):
+        os.ftruncate(target, 20 * MIB)
+        with pytest.raises(exceptions.InsufficientSpace):
+            sparse_copy.copy_runs(source, target, [Run(0, 0, 20 * MIB)])
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_copy_runs_scatters(folder: Path, share: bool) -> None:
+    content = write_sparse(folder / "source", 12 * MIB, {0: 12 * MIB})
+    runs = [
+        Run(0, 9 * MIB, 65536),
+        Run(MIB, MIB, 6 * MIB),
+        Run(20 * MIB, 512, 4096),
+        Run(31 * MIB, 0, MIB + 512),
+    ]
+    size = 32 * MIB + 512
+    seen: list[int] = []
+    with opened(folder / "source", folder / "target") as (source, target):
+        os.ftruncate(target, size)
+        sparse_copy.copy_runs(source, target, runs, share=share, progress=lambda done, _: seen.append(done))
+    expected = bytearray(size)
+    for run in runs:
+        expected[run.guest_offset : run.guest_offset + run.length] = content[run.host_offset :][: run.length]
+    assert (folder / "target").read_bytes() == expected
+    assert (seen[0], seen[-1]) == (0, size)
+    sharing = share and reflink.is_supported(str(folder))
+    assert allocated(folder / "target") < 8 * MIB
+    assert shared(folder / "target") == (65536 + 7 * MIB if sharing else 0)
+
+
+def test_copy_runs_past_the_end(ext4_folder: Path) -> None:
+    write_sparse(ext4_folder / "source", MIB, {0: MIB})
+    with opened(ext4_folder / "source", ext4_folder / "target") as (source, target):
+        os.ftruncate(target, 4 * MIB)
+        with pytest.raises(exceptions.StorageError, match="earlier than expected"):
+            sparse_copy.copy_runs(source, target, [Run(0, 0, 2 * MIB)])
 
 
 def test_clone_refuses_what_is_a_mistake(xfs_folder: Path) -> None:

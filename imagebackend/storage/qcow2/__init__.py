@@ -9,13 +9,13 @@ from imagebackend.storage.qcow2.content import Content
 from imagebackend.storage.qcow2.header import CORRUPT, CRYPTO_HEADER, DATA_FILE_NAME, DIRTY, Header, read_header
 from imagebackend.storage.qcow2.overlay import write_overlay
 from imagebackend.storage.qcow2.tables import (
-    Run,
     Snapshot,
     all_counted,
     allocated_size,
     data_runs,
     read_snapshots,
 )
+from imagebackend.storage.run import Run
 
 __all__ = [
     "CORRUPT",

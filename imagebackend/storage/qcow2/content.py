@@ -21,7 +21,8 @@ from imagebackend.storage import reflink
 from imagebackend.storage.digest import BLOCK_SIZE, BlockDigest
 from imagebackend.storage.qcow2.compression import decompressor
 from imagebackend.storage.qcow2.header import MAX_CLUSTER_BITS, Header
-from imagebackend.storage.qcow2.tables import Run, data_runs
+from imagebackend.storage.qcow2.tables import data_runs
+from imagebackend.storage.run import Run
 
 __all__ = ["Content"]
 

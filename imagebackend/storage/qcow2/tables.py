@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from imagebackend import exceptions
 from imagebackend.storage.qcow2.header import MAX_L1_SIZE, Header, read_header
+from imagebackend.storage.run import Run
 
-__all__ = ["Run", "Snapshot", "all_counted", "allocated_size", "data_runs", "read_snapshots"]
+__all__ = ["Snapshot", "all_counted", "allocated_size", "data_runs", "read_snapshots"]
 
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 _COPIED, _COMPRESSED, _ZERO = 1 << 63, 1 << 62, 1
@@ -32,22 +33,6 @@ _PIECE = 1 << 20
 _BLOCK = 4096
 #: Less than ext4 allows (16 TiB), and more than what a killed tool can have left lies behind.
 _LONGEST_FILE = 8 << 40
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Guest data that lie in one piece in the image file; sizes and offsets in bytes.
-
-    :ivar guest_offset, length: where they are on the disk.
-    :ivar host_offset: where they are in the file.
-    :ivar compressed_length: 0 for data that lie there as they are. Otherwise they are one cluster, or what the disk
-        has of it, which takes this many bytes of the file at most.
-    """
-
-    guest_offset: int
-    host_offset: int
-    length: int
-    compressed_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
