@@ -36,6 +36,21 @@ come back later (429).
         help="The largest virtual size, in bytes, that a template may have. 0: no limit.",
     ),
     cfg.StrOpt(
+        "fetch_credentials_file",
+        help="""
+A file with the names and passwords for web servers, in the form of ~/.netrc: 'machine HOST login NAME password WORD',
+where HOST:PORT is for that port alone; 'default' is not used. Nobody but its owner, who is root or the user of this
+service, may read it. By default the environment's NETRC says. A URL's own name and password come first.
+""",
+    ),
+    cfg.StrOpt(
+        "fetch_cafile",
+        help="""
+A file of certificates, in PEM: web servers must have one that these vouch for. By default those that the system trusts
+do, or what the environment's SSL_CERT_FILE and SSL_CERT_DIR name.
+""",
+    ),
+    cfg.StrOpt(
         "checksum_keyring",
         help="""
 A file of public OpenPGP keys, as 'gpg --export' writes it. If it is set, every checksum file (SHA256SUMS) that a

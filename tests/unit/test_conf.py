@@ -76,6 +76,8 @@ OWN = {
     ("libvirt", "images_qcow2_lazy_refcounts"),
     ("libvirt", "images_qcow2_compression_type"),
     ("image_cache", "checksum_keyring"),
+    ("image_cache", "fetch_cafile"),
+    ("image_cache", "fetch_credentials_file"),
     ("image_cache", "fetch_timeout"),
     ("image_cache", "fetch_retries"),
     ("image_cache", "max_virtual_size"),

@@ -69,20 +69,24 @@ class TransferError(Exception):
 class Connection:
     """A request to one URL, as a context manager; leaving the block ends it.
 
-    The proxies that ``http_proxy``, ``https_proxy``, ``all_proxy`` and ``no_proxy`` name are used, as curl does. The
-    certificates of HTTPS are checked against the system's store.
+    The proxies that ``http_proxy``, ``https_proxy``, ``all_proxy`` and ``no_proxy`` name are used, as curl does.
 
     :param url: an http or https URL; its credentials are not used.
     :param timeout: how many seconds may pass without data.
+    :param tls: how HTTPS trusts servers.
     :param heartbeat: called every quarter of a second or more often while nothing happens; what it raises ends the
         request.
     :raises TransferError: the proxy cannot be used; from every method: the request failed.
     """
 
-    def __init__(self, url: Url, *, timeout: float, heartbeat: Callable[[], None]) -> None:
+    def __init__(
+        self, url: Url, *, timeout: float, heartbeat: Callable[[], None], tls: ssl.SSLContext | None = None
+    ) -> None:
         self._timeout = timeout
         self._heartbeat = heartbeat
-        self._connection, self._request_target, self._proxy_headers = _prepare(url, min(timeout, _CONNECT_TIMEOUT))
+        self._connection, self._request_target, self._proxy_headers = _prepare(
+            url, min(timeout, _CONNECT_TIMEOUT), tls
+        )
         self._thread = futures.ThreadPoolExecutor(1, "imagebackend-http")
         self._job: futures.Future[Any] | None = None
         self._socket: socket.socket | None = None
@@ -222,16 +226,16 @@ class _StoppableReader(io.RawIOBase):
         super().close()
 
 
-def _prepare(url: Url, timeout: float) -> tuple[urllib3.connection.HTTPConnection, str, dict[str, str]]:
+def _prepare(
+    url: Url, timeout: float, tls: ssl.SSLContext | None
+) -> tuple[urllib3.connection.HTTPConnection, str, dict[str, str]]:
     proxy = _proxy(url)
     host, port = (proxy or url).host or "", (proxy or url).port
     proxy_headers = {}
     if proxy is not None and proxy.auth:
         proxy_headers = make_headers(proxy_basic_auth=urllib.parse.unquote(proxy.auth))
     if url.scheme == "https":
-        # The system's store of certificates, or what SSL_CERT_FILE and SSL_CERT_DIR name.
-        context = ssl.create_default_context()
-        secure = urllib3.connection.HTTPSConnection(host, port, timeout=timeout, proxy=proxy, ssl_context=context)
+        secure = urllib3.connection.HTTPSConnection(host, port, timeout=timeout, proxy=proxy, ssl_context=tls)
         if proxy is not None:
             secure.set_tunnel(url.host or "", url.port or 443, proxy_headers)
         return secure, url.request_uri, {}

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http
 import logging
 import random
+import ssl
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ from urllib3.response import HTTPResponse
 from urllib3.util import Url
 
 from imagebackend import exceptions
-from imagebackend.templates.sources import http_headers
+from imagebackend.templates.sources import credentials, http_headers
 from imagebackend.templates.sources.http_connection import Connection, TransferError
 from imagebackend.templates.sources.sink import HEARTBEAT
 
@@ -45,6 +45,11 @@ class Resource:
     :param url: of http or https; it may hold a name and a password.
     :param suffix: what to append to its path.
     :param wait: called with seconds to wait between attempts.
+    :param authorize: called for each request, returns the header fields with the credentials; None: they are those of
+        the URL, or of ``[image_cache] fetch_credentials_file``.
+    :param tls: called for each connection, returns how HTTPS trusts servers; None: as ``[image_cache] fetch_cafile``
+        says, or the system.
+    :param shown: what to call it in errors and logs, and on record.
     :raises InvalidArgument: it cannot be used.
 
     :ivar shown: the URL without anything that may be secret.
@@ -53,17 +58,28 @@ class Resource:
     """
 
     def __init__(
-        self, url: str, conf: cfg.ConfigOpts, *, suffix: str = "", wait: Callable[[float], None] = time.sleep
+        self,
+        url: str,
+        conf: cfg.ConfigOpts,
+        *,
+        suffix: str = "",
+        wait: Callable[[float], None] = time.sleep,
+        authorize: Callable[[], Mapping[str, str]] | None = None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+        shown: str = "",
     ) -> None:
         address = _parse(url)
         if suffix:
             address = address._replace(path=f"{address.path or ''}{suffix}")
         self._url = address._replace(auth=None, fragment=None)
-        self._authorization = _basic(address.auth) if address.auth else {}
+        self._conf = conf
+        self._auth: str | None = address.auth
+        self._authorize = authorize or self._own_credentials
+        self._tls = tls or self._own_tls
         self._timeout: float = conf.image_cache.fetch_timeout
         self._retries: int = conf.image_cache.fetch_retries
         self._wait = wait
-        self.shown = _shown(address)
+        self.shown = shown or _shown(address)
         self.has_query = address.query is not None
         self.name = urllib.parse.unquote(address.path or "").rpartition("/")[2]
 
@@ -81,8 +97,9 @@ class Resource:
         url = self._url
         for _ in range(_MOST_REDIRECTS + 1):
             # Credentials are for the server that they were given for, and for no other.
-            own = self._authorization if _origin(url) == _origin(self._url) else {}
-            with Connection(url, timeout=self._timeout, heartbeat=heartbeat) as connection:
+            own = self._authorize() if _origin(url) == _origin(self._url) else {}
+            tls = self._tls() if url.scheme == "https" else None
+            with Connection(url, timeout=self._timeout, heartbeat=heartbeat, tls=tls) as connection:
                 response = connection.open({**_HEADERS, **headers, **own}, method)
                 if response.status not in _REDIRECTS:
                     yield connection, response
@@ -157,6 +174,22 @@ class Resource:
             return exceptions.FetchTimeout(self.shown, self._timeout)
         return exceptions.FetchFailed(self.shown, error.reason + (f" ({attempts} attempts)" if attempts > 1 else ""))
 
+    def _own_credentials(self) -> Mapping[str, str]:
+        if self._auth:
+            user, _, password = self._auth.partition(":")
+            return credentials.basic(urllib.parse.unquote_to_bytes(user), urllib.parse.unquote_to_bytes(password))
+        _, host, port = _origin(self._url)
+        return credentials.authorization(self._conf, host.strip("[]"), port)
+
+    def _own_tls(self) -> ssl.SSLContext:
+        cafile: str | None = self._conf.image_cache.fetch_cafile
+        try:
+            # Without a file: the system's store of certificates, or what SSL_CERT_FILE and SSL_CERT_DIR name.
+            return ssl.create_default_context(cafile=cafile)
+        except OSError as error:  # also SSLError
+            reason = f"{cafile}: {error.strerror or 'no certificates are in it'}"
+            raise exceptions.InvalidConfiguration("[image_cache] fetch_cafile", reason) from error
+
     def _pause(self, error: TransferError, attempt: int, received: int, report: Callable[[], None]) -> None:
         delay = min(_FIRST_DELAY * 2.0 ** (attempt - 1), _LAST_DELAY)
         # Hosts that lost the same server at the same time do not come back at the same time.
@@ -203,11 +236,5 @@ def _shown(url: Url) -> str:
     return url._replace(auth=None, query=None, fragment=None).url
 
 
-def _origin(url: Url) -> tuple[str | None, str | None, int]:
-    return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)
-
-
-def _basic(userinfo: str) -> dict[str, str]:
-    user, _, password = userinfo.partition(":")
-    joined = urllib.parse.unquote_to_bytes(user) + b":" + urllib.parse.unquote_to_bytes(password)
-    return {"Authorization": "Basic " + base64.b64encode(joined).decode()}
+def _origin(url: Url) -> tuple[str, str, int]:
+    return url.scheme or "", url.host or "", url.port or (443 if url.scheme == "https" else 80)
