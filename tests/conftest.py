@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
+
+# On a busy machine anything may take long, once.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 pytest_plugins = ["tests.functional.ceph", "tests.functional.filesystems", "tests.lvm.volume_groups"]
 
