@@ -24,6 +24,7 @@
     ├── ImageUnacceptable          an image that must not be used, and why
     ├── Corrupt
     │   ├── CorruptRecord          a record that cannot be read or does not match its object
+    │   │   └── CorruptTemplate    a template whose data are not those that were recorded
     │   └── CorruptDisk            a disk that a check found damaged
     ├── StorageError               the storage refused
     │   ├── InsufficientSpace
@@ -58,6 +59,7 @@ __all__ = [
     "Corrupt",
     "CorruptDisk",
     "CorruptRecord",
+    "CorruptTemplate",
     "DiskExists",
     "DiskInUse",
     "DiskNotFound",
@@ -223,8 +225,7 @@ class TemplateInUse(Busy):
     kind = "template"
 
     def __init__(self, name: str, users: Sequence[str]) -> None:
-        shown = ", ".join(users[:5]) + (f" and {len(users) - 5} more" if len(users) > 5 else "")
-        super().__init__(name, f"disks depend on it: {shown}")
+        super().__init__(name, f"disks depend on it: {_listed(users)}")
         self.users = list(users)
 
 
@@ -276,6 +277,20 @@ class Corrupt(ImageBackendError):
 
 class CorruptRecord(Corrupt):
     """A record that cannot be read, or that does not match its object."""
+
+
+class CorruptTemplate(CorruptRecord):
+    """A template whose data are not those that were recorded: no disk is made from it any more.
+
+    :ivar users: the disks that hold a lease on it.
+    """
+
+    def __init__(self, path: str, damage: str, users: Sequence[str]) -> None:
+        depending = f"; disks depend on it: {_listed(users)}" if users else ""
+        way_out = "pull it again with 'template pull --policy always', or restore the file and verify it"
+        super().__init__(path, f"the template is damaged: {damage}{depending}; {way_out}")
+        self.damage = damage
+        self.users = list(users)
 
 
 class CorruptDisk(Corrupt):
@@ -450,6 +465,10 @@ def storage_error(error: OSError, path: str) -> ImageBackendError:
 
 def _made_again(kind: type[ImageBackendError], arguments: tuple[object, ...]) -> ImageBackendError:
     return kind.__new__(kind, *arguments)
+
+
+def _listed(users: Sequence[str]) -> str:
+    return ", ".join(users[:5]) + (f" and {len(users) - 5} more" if len(users) > 5 else "")
 
 
 def _shown(value: object) -> str:

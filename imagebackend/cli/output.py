@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["error_document", "facts", "human_size", "printable", "table", "to_json"]
+__all__ = ["error_document", "facts", "human_age", "human_size", "printable", "table", "to_json"]
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
@@ -19,6 +19,14 @@ def human_size(size: int) -> str:
     exponent = min((size.bit_length() - 1) // 10, len(_UNITS))
     value = f"{size / 1024**exponent:.1f}".removesuffix(".0")
     return f"{value} {_UNITS[exponent - 1]}"
+
+
+def human_age(seconds: float) -> str:
+    """Return a time in the largest unit of which it has at least two."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{int(seconds // length)} {unit}"
+    return f"{int(seconds)} s"
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from imagebackend import exceptions
 
-__all__ = ["BLOCKS", "BLOCK_SIZE", "SHA256", "BlockDigest", "compute"]
+__all__ = ["BLOCKS", "BLOCK_SIZE", "SHA256", "ZERO_BLOCK", "BlockDigest", "compute", "next_data"]
 
 SHA256 = "sha256"
 BLOCKS = "sha256-1m"
@@ -24,7 +24,8 @@ BLOCKS = "sha256-1m"
 BLOCK_SIZE = 1 << 20
 
 _MOST_ZEROS = 1 << 16
-_ZERO_BLOCK = hashlib.sha256(bytes(BLOCK_SIZE)).digest()
+#: The SHA-256 of a block of zeros.
+ZERO_BLOCK = hashlib.sha256(bytes(BLOCK_SIZE)).digest()
 
 
 class BlockDigest:
@@ -49,7 +50,7 @@ class BlockDigest:
         """
         blocks = min((end - self.size) // BLOCK_SIZE, _MOST_ZEROS)
         if blocks > 0:
-            self.add(_ZERO_BLOCK * blocks, blocks * BLOCK_SIZE)
+            self.add(ZERO_BLOCK * blocks, blocks * BLOCK_SIZE)
         elif self.size < end:
             self.add(hashlib.sha256(bytes(end - self.size)).digest(), end - self.size)
 
@@ -78,9 +79,9 @@ def compute(descriptor: int, algorithm: str, name: str, progress: Callable[[int,
         while offset < size:
             zeros = 0
             if algorithm == BLOCKS:
-                zeros = min((_next_data(descriptor, offset, size) - offset) // BLOCK_SIZE, _MOST_ZEROS)
+                zeros = min((next_data(descriptor, offset, size) - offset) // BLOCK_SIZE, _MOST_ZEROS)
             if zeros:
-                total.update(_ZERO_BLOCK * zeros)
+                total.update(ZERO_BLOCK * zeros)
                 offset += zeros * BLOCK_SIZE
             else:
                 block = buffer[: min(BLOCK_SIZE, size - offset)]
@@ -95,7 +96,11 @@ def compute(descriptor: int, algorithm: str, name: str, progress: Callable[[int,
     return f"{algorithm}:{total.hexdigest()}"
 
 
-def _next_data(descriptor: int, offset: int, size: int) -> int:
+def next_data(descriptor: int, offset: int, size: int) -> int:
+    """Return the offset, from ``offset`` on and up to ``size``, at which the next data of an open file begin.
+
+    :raises OSError: as the operating system says.
+    """
     try:
         # It may have grown meanwhile.
         return min(os.lseek(descriptor, offset, os.SEEK_DATA), size)

@@ -4,24 +4,37 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
+import dataclasses
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from oslo_config import cfg
 
 from imagebackend import exceptions, names
-from imagebackend.templates import leases, pulling, record, removal, tags, trust
+from imagebackend.templates import (
+    catalogue,
+    details,
+    leases,
+    pulling,
+    record,
+    removal,
+    tags,
+    trust,
+    usage,
+    verification,
+)
+from imagebackend.templates.catalogue import Entry, Filter
 from imagebackend.templates.fetching import FetchFunction, Progress, Request
 from imagebackend.templates.folder import TemplateFolder
 from imagebackend.templates.leases import Lease, Owner
 from imagebackend.templates.pulling import POLICIES
 from imagebackend.templates.record import Template
 from imagebackend.templates.sources import Source
+from imagebackend.templates.usage import Usage
 
 __all__ = ["POLICIES", "FetchFunction", "Template", "TemplateCache"]
 
@@ -105,6 +118,45 @@ class TemplateCache:
             except exceptions.CorruptRecord as error:
                 LOG.warning("template %s is left out: %s", name, error)
         return found
+
+    def entries(self, wanted: Filter | None = None) -> Sequence[Entry]:
+        """Return what is in the cache with what it takes, how many disks depend on it, and when it was used last.
+
+        Damaged templates are there, too, and those that another image has taken the name of. No lock is taken.
+
+        :param wanted: which ones; None: all.
+        :raises PermissionDenied, StorageError: the folder cannot be read.
+        """
+        return catalogue.entries(self._folder, wanted)
+
+    def entry(self, name: str) -> Entry:
+        """Return the same of one template.
+
+        :raises TemplateNotFound: it is not in the cache.
+        """
+        name = self._require(record.check_reference(name))
+        found = catalogue.entry_of(self._folder, name, tags.by_template(self._folder.tags).get(name, ()))
+        if found is None:
+            raise exceptions.TemplateNotFound(name)
+        return found
+
+    def inspect(self, name: str) -> dict[str, Any]:
+        """Return everything that is known of a template, as JSON can hold it: its record, its history, its users, …
+
+        :raises TemplateNotFound: it is not in the cache.
+        :raises CorruptRecord: its record cannot be understood.
+        """
+        entry = self.entry(name)
+        if entry.template is None and entry.damage is not None:
+            raise entry.damage
+        return details.details(entry, self.leases(entry.name), time.time())
+
+    def usage(self) -> Usage:
+        """Return what the cache takes of the storage.
+
+        :raises PermissionDenied, StorageError: the folder cannot be read.
+        """
+        return usage.usage(self._folder, self.entries())
 
     def names(self, *, former: bool = False) -> Sequence[str]:
         """Return the names of all templates, sorted, whether their records are sound or not.
@@ -192,6 +244,32 @@ class TemplateCache:
                 raise exceptions.TemplateExists(tag, "a template has that name, so that it cannot be a tag")
             tags.move(self._folder.tags, tag, name)
 
+    def label(self, name: str, labels: Mapping[str, str | None]) -> Template:
+        """Give a template labels, and take those away that are given as None; return it so.
+
+        :raises InvalidArgument: it cannot have such labels, or so many.
+        :raises TemplateNotFound: there is no such template.
+        :raises CorruptRecord: its record cannot be understood.
+        """
+        record.check_labels(labels)
+
+        def change(template: Template) -> Template:
+            merged = {key: value for key, value in {**template.labels, **labels}.items() if value is not None}
+            return dataclasses.replace(template, labels=merged)
+
+        return self._change(name, change)
+
+    def pin(self, name: str, *, pinned: bool = True) -> Template:
+        """Keep pruning away from a template, or let it come; return the template so.
+
+        What takes its name by a pull is pinned in its place.
+
+        :raises TemplateNotFound: there is no such template.
+        :raises CorruptRecord: its record cannot be understood.
+        """
+        event = "pinned" if pinned else "unpinned"
+        return self._change(name, lambda template: template.after(event, pinned=pinned))
+
     def untag(self, tag: str) -> None:
         """Take a tag away; the template stays.
 
@@ -243,8 +321,7 @@ class TemplateCache:
 
     def last_used(self, template: Template) -> float:
         """Return when a template was used last, in seconds since the epoch: fetched, or a disk made or dropped."""
-        known = datetime.datetime.fromisoformat(template.superseded or template.fetched).timestamp()
-        return max(known, leases.changed(self._folder.leases(template.file)))
+        return catalogue.last_used(self._folder, template)
 
     def lease(self, file: str, owner: Owner) -> None:
         """Note that the disk ``owner`` depends on a template, within :meth:`use`.
@@ -289,15 +366,21 @@ class TemplateCache:
         record.check_reference(name)
         return removal.users(self._folder, name)
 
-    def verify(self, name: str, progress: Progress | None = None) -> Template:
-        """Read a template again and compare it with its digest.
+    def verify(self, name: str, progress: Progress | None = None, *, rate: int = 0) -> Template:
+        """Read a template again, from the storage, and compare it with its digest.
+
+        One that is damaged is put into quarantine: it stays for the disks that depend on it, and no disk is made from
+        it until it is pulled again, or restored and verified. A verification that was cut short is taken up by the
+        next one within a day, except for the first one of an image that is kept as it was fetched.
 
         :param progress: called with the bytes done and in all.
+        :param rate: read at most this many bytes a second; 0: no limit.
         :returns: the template.
         :raises TemplateNotFound: it is not in the cache.
-        :raises CorruptRecord: the record or the file is damaged.
+        :raises CorruptTemplate: it is damaged; names the disks that depend on it.
+        :raises CorruptRecord: its record is.
         """
-        return trust.verify(self._folder, self._require(record.check_reference(name), hint=""), progress)
+        return verification.verify(self._folder, self._require(record.check_reference(name), hint=""), progress, rate)
 
     def remove(self, name: str) -> None:
         """Remove a template that no disk depends on.
@@ -323,6 +406,17 @@ class TemplateCache:
         # A folder that is read-only keeps nobody from using what is there.
         with contextlib.suppress(OSError):
             leases.touch(self._folder.leases(file))
+
+    def _change(self, name: str, change: Callable[[Template], Template]) -> Template:
+        name = self._require(record.check_reference(name), hint="")
+        with self._folder.lock(name):
+            template = self._folder.read(name, check_file=False)
+            if template is None:
+                raise exceptions.TemplateNotFound(name)
+            changed = change(template)
+            if changed != template:
+                self._folder.write(changed)
+        return changed
 
     def _require(self, name: str, hint: str = _HINT) -> str:
         """Return the name of the template that is meant.

@@ -6,6 +6,7 @@
     NAME                    a template's file; NAME@DIGITS, if another has or had that name
     .NAME.download          while it is fetched
     .NAME.partial           while it is converted
+    .FILE.verify            how far its verification is
     .records/NAME.json      its record
     .leases/FILE/           who depends on its file
     .tags/TAG               another name of a template: a symbolic link to NAME
@@ -16,12 +17,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from oslo_config import cfg
 
-from imagebackend import exceptions, locks
+from imagebackend import exceptions, faults, locks
 from imagebackend.storage import publish
 from imagebackend.templates import record
+from imagebackend.templates.events import Events
 from imagebackend.templates.record import Template
 
 __all__ = ["TemplateFolder"]
@@ -33,6 +36,7 @@ class TemplateFolder:
     :param conf: options of this library.
     :ivar path: the folder, absolute.
     :ivar locks: the folder of the lock files.
+    :ivar events: who is told what happens.
     """
 
     def __init__(self, conf: cfg.ConfigOpts) -> None:
@@ -40,6 +44,7 @@ class TemplateFolder:
         self.conf = conf
         self.path: str = os.path.join(instances, conf.image_cache.subdirectory_name)
         self.locks = f"{instances}/locks"
+        self.events = Events()
 
     def file(self, name: str) -> str:
         """Return the path of a file by its name in the folder."""
@@ -52,6 +57,10 @@ class TemplateFolder:
     def record(self, name: str) -> str:
         """Return the path of a template's record."""
         return f"{self.path}/.records/{name}.json"
+
+    def checkpoint(self, file: str) -> str:
+        """Return where it stands how far a verification of a file is."""
+        return f"{self.path}/.{file}.verify"
 
     @property
     def tags(self) -> str:
@@ -79,6 +88,10 @@ class TemplateFolder:
         """Hold the lock under which a template that is there is fetched anew, while disks are made from it."""
         return locks.hold(f"{self.locks}/pull-{name}", timeout=self.conf.lock_timeout, transient=True)
 
+    def verify_lock(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock under which a template is read again, so that one does it at a time."""
+        return locks.hold(f"{self.locks}/verify-{name}", timeout=self.conf.lock_timeout, transient=True)
+
     def is_recorded(self, name: str) -> bool:
         """Return whether a template is there."""
         return os.path.lexists(self.record(name))
@@ -97,6 +110,22 @@ class TemplateFolder:
         :raises InsufficientSpace, PermissionDenied, StorageError: it is not, or still as it was recorded before.
         """
         record.write(self.record(template.name), template, durable=self.conf.durable_writes)
+
+    def rewrite(
+        self, template: Template, event: str, detail: str = "", *, timeout: float | None = None, **changes: Any
+    ) -> Template:
+        """Record changes of a template, unless it was removed or changed otherwise since it was read; return it so.
+
+        :param event, detail: what happened to it, for its history.
+        :param timeout: as for :meth:`lock`.
+        """
+        faults.point("template.rewrite")
+        with self.lock(template.name, timeout=timeout):
+            if (current := self.read(template.name, check_file=False)) == template and current is not None:
+                template = current.after(event, detail, **changes)
+                self.write(template)
+                return template
+        return template.after(event, detail, **changes)
 
     def forget(self, name: str) -> bool:
         """Remove a template's record; return whether there was one.

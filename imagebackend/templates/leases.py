@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from imagebackend import exceptions
 
-__all__ = ["Lease", "Owner", "changed", "drop", "holds", "read_all", "take", "touch"]
+__all__ = ["Lease", "Owner", "changed", "count", "drop", "holds", "read_all", "take", "touch"]
 
 
 # The path is absolute, or an image in a Ceph pool; the host may be an IPv6 address.
@@ -86,6 +86,19 @@ def drop(folder: str, owner: Owner) -> None:
 def holds(folder: str, owner: Owner) -> bool:
     """Return whether ``owner`` has a lease in a template's folder of leases."""
     return os.path.lexists(f"{folder}/{owner.link}")
+
+
+def count(folder: str) -> int:
+    """Return how many leases there are in a template's folder of leases.
+
+    :raises PermissionDenied, StorageError: that cannot be known, so the template must count as used.
+    """
+    try:
+        return len(os.listdir(folder))
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise exceptions.storage_error(error, folder) from error
 
 
 def read_all(folder: str, template: str) -> list[Lease]:

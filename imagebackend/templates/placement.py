@@ -25,7 +25,10 @@ LOG = logging.getLogger(__name__)
 
 # What of a template does not come with its file.
 _OF_THE_NAME = ("labels", "pinned")
-_OF_THE_FILE = ("file", "path", "size", "modified", "digest", "format", "virtual_size", "inspector", "notes")
+_OF_THE_FILE = (
+    *("file", "path", "size", "modified", "digest", "block_digest"),
+    *("format", "virtual_size", "inspector", "notes"),
+)
 
 
 def fetch_new(folder: TemplateFolder, request: Request) -> Template:

@@ -55,7 +55,7 @@ def pull(folder: TemplateFolder, request: Request, source: Source, policy: str) 
             LOG.debug("template %s is what %s has", name, sound.source)
             return sound
         template = placement.replace(folder, request, current)
-    except exceptions.ChecksumMismatch:
+    except (exceptions.ChecksumMismatch, exceptions.SignatureInvalid):
         raise
     except exceptions.FetchFailed as error:
         if policy != "newer" or sound is None:

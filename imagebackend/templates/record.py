@@ -21,10 +21,13 @@ __all__ = [
     "Template",
     "TouchedTemplate",
     "base_name",
+    "check_labels",
     "check_reference",
+    "file_status",
     "generation",
     "now",
     "read",
+    "seconds",
     "write",
 ]
 
@@ -34,6 +37,7 @@ _LARGEST = 64 << 10
 _MOST_HAPPENINGS = 20
 
 _GENERATION_DIGITS = 16
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}\Z", re.ASCII)
 _GENERATION = re.compile(rf"[0-9a-f]{{{_GENERATION_DIGITS}}}\Z", re.ASCII)
 
 
@@ -78,7 +82,8 @@ class Template:
     :ivar labels: the operator's own facts about it.
     :ivar pinned: whether pruning leaves it alone.
     :ivar superseded: when another image took its name, as ISO 8601 in UTC; empty as long as none has.
-    :ivar quarantined: why no disk must be made from it any more; empty for a sound one.
+    :ivar quarantined: since when, and why, no disk must be made from it any more; empty for a sound one.
+    :ivar block_digest: the digest of the file by blocks, once one that has another was verified; empty until then.
     :ivar history: what happened to it: how it began, and what came last.
     """
 
@@ -105,6 +110,7 @@ class Template:
     pinned: bool = False
     superseded: str = ""
     quarantined: str = ""
+    block_digest: str = dataclasses.field(default="", compare=False)
     history: tuple[Happening, ...] = dataclasses.field(default=(), compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -121,7 +127,7 @@ class Template:
 
 _TEXTS = (
     *("name", "format", "sha256", "digest", "source", "source_format", "fetched", "file", "etag", "last_modified"),
-    *("compression", "content_sha256", "superseded", "quarantined"),
+    *("compression", "content_sha256", "superseded", "quarantined", "block_digest"),
 )
 _NUMBERS = ("virtual_size", "size", "modified", "inspector", "min_disk")
 _KINDS: dict[str, type] = {
@@ -142,6 +148,25 @@ _FIRST_VERSION = (
 def now() -> str:
     """Return the time, as records have it: ISO 8601 in UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def seconds(time: str) -> float:
+    """Return a time of :func:`now` in seconds since the epoch."""
+    return datetime.datetime.fromisoformat(time).timestamp()
+
+
+def check_labels(labels: Mapping[str, str | None]) -> None:
+    """Make sure that a template can have these labels.
+
+    :raises InvalidArgument: a name is not ``[A-Za-z0-9][A-Za-z0-9._/-]{0,127}``, or a value is not printable text of
+        at most 1024 characters.
+    """
+    for key, value in labels.items():
+        if _LABEL.match(key) is None:
+            reason = "1 to 128 of the ASCII letters, digits, '.', '_', '/' and '-' are allowed"
+            raise exceptions.InvalidArgument(f"label {key!r}: {reason}, the first a letter or digit")
+        if value is not None and (len(value) > 1024 or not value.isprintable()):
+            raise exceptions.InvalidArgument(f"label {key}: printable text of up to 1024 characters is needed")
 
 
 def generation(name: str, value: str) -> str:
@@ -200,7 +225,7 @@ def read(record_path: str, folder: str, *, check_file: bool = True) -> Template 
         return None
     template = _parse(record_path, folder, content)
     if check_file:
-        _check_file(template)
+        file_status(template)
     return template
 
 
@@ -274,7 +299,15 @@ class NewerRecord(exceptions.CorruptRecord):
     """A newer release wrote the record: what it says is not known here, so nothing is done with the template."""
 
 
-def _check_file(template: Template) -> None:
+def file_status(template: Template) -> os.stat_result:
+    """Return the status of a template's file, if that is as it was recorded, and no damage of it is known.
+
+    :raises TouchedTemplate: it has the length that was recorded, but was changed, copied or touched since.
+    :raises CorruptTemplate: it is in quarantine.
+    :raises CorruptRecord: it is gone, or has another length.
+    """
+    if template.quarantined:
+        raise exceptions.CorruptTemplate(template.path, f"quarantined {template.quarantined}", ())
     try:
         found = os.stat(template.path, follow_symlinks=False)
     except FileNotFoundError as error:
@@ -287,3 +320,4 @@ def _check_file(template: Template) -> None:
         raise exceptions.CorruptRecord(template.path, reason)
     if found.st_mtime_ns != template.modified:
         raise TouchedTemplate(template.path, f"{changed}; 'template verify' tells whether its data have")
+    return found

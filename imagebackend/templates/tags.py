@@ -13,7 +13,7 @@ import os
 from imagebackend import exceptions
 from imagebackend.storage import publish
 
-__all__ = ["move", "read", "read_all", "remove"]
+__all__ = ["by_template", "move", "read", "read_all", "remove"]
 
 
 def read(folder: str, tag: str) -> str | None:
@@ -43,6 +43,14 @@ def read_all(folder: str) -> dict[str, str]:
         raise exceptions.storage_error(error, folder) from error
     found = {tag: read(folder, tag) for tag in entries if not tag.startswith(".")}
     return {tag: name for tag, name in found.items() if name is not None}
+
+
+def by_template(folder: str) -> dict[str, list[str]]:
+    """Return the tags, sorted, of each template that has any."""
+    found: dict[str, list[str]] = {}
+    for tag, name in read_all(folder).items():
+        found.setdefault(name, []).append(tag)
+    return found
 
 
 def move(folder: str, tag: str, name: str) -> None:

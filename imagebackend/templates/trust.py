@@ -7,18 +7,13 @@ touched since is read again, and one that an older inspector accepted is inspect
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from typing import Any
-
-from imagebackend import exceptions, faults
-from imagebackend.storage import digest
-from imagebackend.templates import fetching, inspection, record, tags
+from imagebackend import exceptions
+from imagebackend.templates import fetching, inspection, record, tags, verification
 from imagebackend.templates.fetching import Progress
 from imagebackend.templates.folder import TemplateFolder
 from imagebackend.templates.record import Template
 
-__all__ = ["resolve", "rewrite", "trusted", "usable", "verify"]
+__all__ = ["resolve", "trusted", "usable"]
 
 
 def resolve(folder: TemplateFolder, name: str) -> str:
@@ -65,44 +60,17 @@ def usable(folder: TemplateFolder, name: str, size: int | None, progress: Progre
     return template
 
 
-def verify(folder: TemplateFolder, name: str, progress: Progress | None = None) -> Template:
-    """Read a template again and compare it with its digest; see :meth:`.cache.TemplateCache.verify`."""
-    with folder.lock(name, shared=True):
-        template = folder.read(name, check_file=False)
-        if template is None:
-            raise exceptions.TemplateNotFound(name)
-        path, expected = template.path, template.digest
-        with fetching.open_image(path) as descriptor:
-            # Before it is read: what is changed while it is read, behind the reader, must show as changed later.
-            found = os.fstat(descriptor)
-            actual = digest.compute(descriptor, expected.partition(":")[0], path, progress)
-    if actual != expected:
-        reason = f"the template is damaged: its digest is {actual}, recorded as {expected}; restore or remove it"
-        raise exceptions.CorruptRecord(path, reason)
-    if found.st_mtime_ns == template.modified:
-        return template
-    # Same bytes, another time of change: a copy or a restore touched the file, not its content.
-    return rewrite(folder, template, modified=found.st_mtime_ns)
-
-
-def rewrite(folder: TemplateFolder, template: Template, **changes: Any) -> Template:
-    """Record changes of a template, unless it was removed or changed otherwise since it was read; return it so."""
-    refreshed = dataclasses.replace(template, **changes)
-    faults.point("template.verify.touched")
-    with folder.lock(template.name):
-        if folder.read(template.name, check_file=False) == template:
-            folder.write(refreshed)
-    return refreshed
-
-
 def _examine(folder: TemplateFolder, name: str, progress: Progress | None) -> None:
     """Read a template that was touched again, and inspect anew one that an older inspector accepted."""
-    try:
-        template = verify(folder, name, progress)
-    except exceptions.TemplateNotFound:
-        return  # removed meanwhile
+    with folder.verify_lock(name):
+        try:
+            if trusted(folder, name, None) is not None:
+                return  # another has just done it
+            template = verification.verify_alone(folder, name, progress)
+        except exceptions.TemplateNotFound:
+            return  # removed meanwhile
     if template.inspector == inspection.INSPECTOR_VERSION:
         return
     with fetching.open_image(template.path) as image:
         verdict = inspection.inspect(image, name, template.format)
-    rewrite(folder, template, inspector=inspection.INSPECTOR_VERSION, notes=verdict.notes)
+    folder.rewrite(template, "inspected", inspector=inspection.INSPECTOR_VERSION, notes=verdict.notes)

@@ -46,6 +46,7 @@ ERRORS: list[tuple[type[Exception], tuple[Any, ...], dict[str, Any]]] = [
     (exceptions.ImageUnacceptable, ("i", "why"), {"image": "i", "reason": "why"}),
     (exceptions.Corrupt, ("/p", "why"), {"path": "/p", "reason": "why"}),
     (exceptions.CorruptRecord, ("/p", "why"), {"path": "/p", "reason": "why"}),
+    (exceptions.CorruptTemplate, ("/p", "why", ["a"]), {"path": "/p", "damage": "why", "users": ["a"]}),
     (exceptions.CorruptDisk, ("/p", "why"), {"path": "/p", "reason": "why"}),
     (exceptions.StorageError, ("/p", "why", errno.EIO), {"path": "/p", "reason": "why", "errno": errno.EIO}),
     (exceptions.InsufficientSpace, ("/p",), {"path": "/p", "required": None, "errno": errno.ENOSPC}),

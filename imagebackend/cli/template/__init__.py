@@ -17,7 +17,8 @@ def template() -> None:
 
 
 for _command in (
-    *(check.check, pull.add, pull.pull, listing.list_, listing.show),
-    *(changes.tag, changes.untag, changes.verify, changes.remove),
+    *(check.check, pull.add, pull.pull),
+    *(listing.list_, listing.show, listing.inspect, listing.du),
+    *(changes.tag, changes.untag, changes.label, changes.pin, changes.unpin, changes.verify, changes.remove),
 ):
     template.add_command(_command)

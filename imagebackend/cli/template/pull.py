@@ -13,7 +13,6 @@ from imagebackend import exceptions, names
 from imagebackend.cli.output import human_size
 from imagebackend.cli.parameters import FILE_FORMATS, complete_format, parse_format
 from imagebackend.cli.session import Session
-from imagebackend.cli.template.listing import document
 
 if TYPE_CHECKING:
     from imagebackend.templates.record import Template
@@ -65,7 +64,7 @@ def add(session: Session, name: str | None, claimed: str | None, checksum: str |
     added, fetched = _pulled(session, name, url, claimed, checksum, "missing")
     if not fetched:
         raise exceptions.TemplateExists(name, f"it came from {added.source}; 'template pull' looks for a newer one")
-    session.show(document(added, []), f"template {name} added: {added.format}, {human_size(added.virtual_size)}")
+    session.show(added.as_dict(), f"template {name} added: {added.format}, {human_size(added.virtual_size)}")
 
 
 @click.command
@@ -89,7 +88,7 @@ def pull(session: Session, name: str | None, claimed: str | None, checksum: str 
     pulled, fetched = _pulled(session, name, url, claimed, checksum, policy)
     outcome = "pulled" if fetched else "is up to date" if policy == "newer" else "is there"
     size = human_size(pulled.virtual_size)
-    session.show({**document(pulled, []), "pulled": fetched}, f"template {name} {outcome}: {pulled.format}, {size}")
+    session.show({**pulled.as_dict(), "pulled": fetched}, f"template {name} {outcome}: {pulled.format}, {size}")
 
 
 def _pulled(

@@ -20,6 +20,7 @@ EXPECTED = {
     "Corrupt": 1,
     "CorruptDisk": 1,
     "CorruptRecord": 1,
+    "CorruptTemplate": 1,
     "DiskExists": 4,
     "DiskInUse": 5,
     "DiskNotFound": 3,

@@ -313,7 +313,7 @@ class TestVerifying:
     def test_a_template_that_is_removed_while_it_is_accepted_again_stays_removed(self, cache):
         template = cache.fetch()
         os.utime(template.path, ns=(0, 12345))
-        faults.arm(lambda step: step == "template.verify.touched" and cache.cache.remove("template"))
+        faults.arm(lambda step: step == "template.rewrite" and cache.cache.remove("template"))
         try:
             cache.cache.verify("template")
         finally:
