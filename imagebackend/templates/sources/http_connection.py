@@ -8,7 +8,6 @@ out of that, and enforces the time limits, also against a server that sends a by
 from __future__ import annotations
 
 import contextlib
-import functools
 import http.client
 import io
 import socket
@@ -37,8 +36,6 @@ _CONNECT_TIMEOUT = 10.0
 _SLOWEST = 1024
 # What the network and whoever is at the other end of it may cause.
 _ERRORS = (OSError, http.client.HTTPException, urllib3_exceptions.HTTPError, UnicodeError)
-# More at a time costs more memory management than it saves: TLS gives 16 KiB a call, whatever is asked for.
-_READ_SIZE = 1 << 18
 # For how long a block is filled before it is handed over as it is, in seconds.
 _FILL_TIME = 0.2
 
@@ -91,11 +88,12 @@ class Connection:
         self._job: futures.Future[Any] | None = None
         self._socket: socket.socket | None = None
         self._response: HTTPResponse | None = None
+        self._body: _Response | None = None
         self._error: Exception | None = None
         self._stalled = False
         self._stopped = threading.Event()
         # Called like the class that it stands for.
-        self._connection.response_class = functools.partial(_Response, self._stopped)  # type: ignore[assignment]
+        self._connection.response_class = self._make_response  # type: ignore[assignment]
 
     def __enter__(self) -> Connection:
         return self
@@ -172,25 +170,28 @@ class Connection:
         self._response = self._connection.getresponse()
         return self._response
 
+    def _make_response(self, *args: Any, **kwargs: Any) -> _Response:
+        self._body = _Response(self._stopped, *args, **kwargs)
+        return self._body
+
     def _receive(self) -> bytearray:
-        assert self._response is not None
+        assert self._body is not None
         if self._error is not None:
             raise self._error
         block, filled = bytearray(BLOCK_SIZE), 0
         deadline = time.monotonic() + _FILL_TIME
+        view = memoryview(block)
         try:
             while filled < BLOCK_SIZE and not (filled and time.monotonic() > deadline):
-                piece = self._response.read1(min(BLOCK_SIZE - filled, _READ_SIZE))
-                if not piece:
+                length = self._body.receive_into(view[filled:])
+                if not length:
                     break
-                block[filled : filled + len(piece)] = piece
-                filled += len(piece)
+                filled += length
         except _ERRORS as error:
             if not filled:
                 raise
             self._error = error  # what came before it counts, or a poor line would never get anywhere
-        del block[filled:]
-        return block
+        return block if filled == BLOCK_SIZE else block[:filled]
 
     def _close(self) -> None:
         with contextlib.suppress(*_ERRORS):
@@ -206,6 +207,21 @@ class _Response(http.client.HTTPResponse):
     def __init__(self, stopped: threading.Event, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         self.fp = io.BufferedReader(_StoppableReader(self.fp.detach(), stopped))
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """Put into a buffer what ``read1`` would return, and return its length; 0: the body has ended."""
+        if self.chunked or self.length is None:
+            piece = self.read1(len(buffer))
+            buffer[: len(piece)] = piece
+            return len(piece)
+        if not self.length:
+            return 0
+        # Without a copy, which would take as long as receiving it.
+        length = self.fp.readinto1(buffer[: self.length])
+        if not length:
+            raise http.client.IncompleteRead(b"", self.length)
+        self.length -= length
+        return length
 
 
 class _StoppableReader(io.RawIOBase):
