@@ -272,6 +272,8 @@ class Sink:
                     done = start
                     while done < end:
                         done += os.pwrite(self._descriptor, view[done:end], offset + done)
+                # Starts write-back without waiting for it (posix_fadvise(2)): the file will have to be durable.
+                os.posix_fadvise(self._descriptor, offset, len(block), os.POSIX_FADV_DONTNEED)
             except OSError as error:
                 raise exceptions.storage_error(error, self._target) from error
 
