@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an image holds, as a raw disk: read, decompressed, hashed and written span by span, in two threads.
+"""What an image holds, as a raw disk: read, decompressed, hashed and written span by span, in a few threads.
 
 zlib, hashlib and system calls release the interpreter's lock, so that the threads do work side by side.
 """
@@ -28,11 +28,12 @@ __all__ = ["Content"]
 
 Progress = Callable[[int, int], None]
 
-_THREADS = 2
+#: As many as QEMU has for one image.
+_THREADS = 4
 #: What a thread takes at a time; no cluster is in two of them.
 _SPAN = 1 << MAX_CLUSTER_BITS
 #: How many of them wait for a thread, or for one before them.
-_WAITING = 4 * _THREADS
+_WAITING = 2 * _THREADS
 _ZEROS = memoryview(bytes(_SPAN))
 #: Every file system that shares blocks does it in multiples of this at most.
 _ALIGNMENT = 4096
