@@ -69,7 +69,7 @@ class TestFilters:
             ({"disk_format": "qcow2"}, ""),
             ({"names": {"a"}}, "ENTRY UNUSED DANGLING DAMAGED"),
             ({"names": set()}, ""),
-            ({"in_use": True, "labels": {"os": "debian"}, "names": {"a", "b"}, "since": 0.0}, "ENTRY"),
+            ({"in_use": True, "labels": {"os": "debian"}, "names": ["a", "b"], "since": 0.0}, "ENTRY"),
         ],
         ids=repr,
     )
