@@ -24,11 +24,12 @@ ENTRY_POINTS = "imagebackend.backends"
 
 LOG = logging.getLogger(__name__)
 
-_FILE_FORMATS = ("raw", "qcow2")
+_FILE_FORMATS = ("raw", "qcow2", "ploop")
 _BUILT_IN = {
     "raw": ("imagebackend.images.raw", "Raw"),
     "flat": ("imagebackend.images.raw", "Raw"),
     "qcow2": ("imagebackend.images.qcow2", "Qcow2"),
+    "ploop": ("imagebackend.images.ploop", "Ploop"),
     "rbd": ("imagebackend.images.rbd", "Rbd"),
 }
 
@@ -48,8 +49,8 @@ class Backend:
     def backend(self, image_type: str | None = None) -> type[Image]:
         """Return the class of images of a type.
 
-        :param image_type: ``raw``, ``flat`` (the same), ``qcow2``, ``rbd``, a type that another package adds, or
-            ``default``; None: what ``[libvirt] images_type`` says.
+        :param image_type: ``raw``, ``flat`` (the same), ``qcow2``, ``ploop``, ``rbd``, a type that another package
+            adds, or ``default``; None: what ``[libvirt] images_type`` says.
         :raises InvalidConfiguration: there is no such type, or the package that adds it is broken.
         """
         wanted = image_type or self.conf.libvirt.images_type

@@ -39,12 +39,12 @@ def describe(image: Image) -> dict[str, Any]:
     :raises ImageBackendError: it is gone, or damaged.
     """
     from imagebackend.images.file_image import FileImage
-    from imagebackend.storage import image_lock
 
-    chain = image.backing_chain() if isinstance(image, FileImage) else []
+    file = image if isinstance(image, FileImage) else None
+    chain = file.backing_chain() if file else []
     backing_files = [each.path for each in chain[1:]]
-    is_file = image.source_type == "file"
-    template = os.path.basename(backing_files[0]) if backing_files else None
+    # What is below an image of ploop is a snapshot of the same disk.
+    template = os.path.basename(backing_files[0]) if backing_files and chain[0].format == "qcow2" else None
     return {
         "instance": image.instance,
         "disk": image.disk_name,
@@ -52,19 +52,10 @@ def describe(image: Image) -> dict[str, Any]:
         "path": image.path,
         "format": image.resolve_driver_format(),
         "size": image.get_disk_size(image.path),
-        "allocated": _allocated(image.path) if is_file else None,
+        "allocated": file.allocated_size() if file else None,
         "template": template,
         "backing_files": backing_files,
         "chain_depth": len(backing_files),
-        "in_use": image_lock.is_in_use(image.path) if is_file else None,
+        "in_use": file.is_in_use() if file else None,
         "snapshots": [dataclasses.asdict(each) for each in image.list_snaps()],
     }
-
-
-def _allocated(path: str) -> int:
-    try:
-        return os.stat(path).st_blocks * 512
-    except FileNotFoundError as error:
-        raise exceptions.DiskNotFound(path) from error
-    except OSError as error:
-        raise exceptions.storage_error(error, path) from error

@@ -363,7 +363,7 @@ class Image(abc.ABC):
         self._describe_source(disk)
         if cache_mode is None:
             modes = guest.parse_disk_cachemodes(self.conf.libvirt.disk_cachemodes)
-            takes_direct_io = self.source_type != "file" or direct_io.reads(self.path)
+            takes_direct_io = self.source_type != "file" or direct_io.reads(disk.source_path or self.path)
             cache_mode = guest.choose_cache_mode(self.source_type, modes, direct_io=takes_direct_io)
         preallocated = self.conf.preallocate_images == "space"
         disk.driver_cache = cache_mode

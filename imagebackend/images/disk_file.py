@@ -17,7 +17,7 @@ from oslo_config import cfg
 
 from imagebackend import exceptions, faults, locks, names, process
 from imagebackend.images import disk_info
-from imagebackend.storage import image_lock, loop_device, publish, qcow2, qemu_img
+from imagebackend.storage import image_lock, loop_device, ploop, publish, qcow2, qemu_img
 from imagebackend.templates.leases import Owner
 
 __all__ = ["DiskFile", "for_disk", "tool_options"]
@@ -52,7 +52,7 @@ def tool_options(conf: cfg.ConfigOpts) -> dict[str, Any]:
 
 
 class DiskFile:
-    """A disk's file. Making the object does no I/O.
+    """A disk's file, or its folder if it is a ploop disk. Making the object does no I/O.
 
     :param conf: options of this library.
     :param instance, disk_name: the disk; the names are safe.
@@ -81,17 +81,26 @@ class DiskFile:
             return False
         except OSError as error:
             raise exceptions.storage_error(error, self.path) from error
-        if not stat.S_ISREG(found.st_mode):
-            raise exceptions.StorageError(self.path, "not a regular file; move it away")
+        if not (stat.S_ISREG(found.st_mode) or (stat.S_ISDIR(found.st_mode) and os.path.lexists(self.descriptor))):
+            raise exceptions.StorageError(self.path, "neither a regular file nor a ploop disk; move it away")
         return True
+
+    @property
+    def descriptor(self) -> str:
+        """The path of a ploop disk's descriptor."""
+        return f"{self.path}/{ploop.NAME}"
 
     def identity(self) -> tuple[int, ...] | None:
         """Return what changes if the disk's file or its record does; None if one of them is not there."""
         try:
             disk, record = os.lstat(self.path), os.lstat(f"{self.folder}/disk.info")
+            others = [record]
+            if stat.S_ISDIR(disk.st_mode):
+                others += [os.lstat(self.descriptor), os.lstat(f"{self.path}/{ploop.ROOT_IMAGE}")]
         except OSError:
             return None
-        return (disk.st_ino, disk.st_mtime_ns, disk.st_ctime_ns, disk.st_size, record.st_ino, record.st_mtime_ns)
+        facts = (disk.st_ino, disk.st_mtime_ns, disk.st_ctime_ns, disk.st_size)
+        return (*facts, *(fact for each in others for fact in (each.st_ino, each.st_mtime_ns)))
 
     def require(self) -> None:
         """Make sure that the disk is there and sound.
@@ -139,12 +148,29 @@ class DiskFile:
                 if durable:
                     # Starts writing back at once, so that syncing it, after its record, finds little to do.
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                self.record(disk_format)
-                # Of a disk that had the name before.
-                if publish.remove_file(self._intent):
-                    publish.remove_file(self._broken)
-                faults.point("disk.create.recorded")
+                self._record_new(disk_format)
             undo.pop_all()
+
+    @contextlib.contextmanager
+    def create_folder(self, disk_format: str) -> Iterator[str]:
+        """Give an empty folder to make the disk in; at the end of the block it is recorded and gets its name.
+
+        The block makes the files durable. No disk is there.
+        """
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._forget_quietly)
+            with publish.new_folder(self.path, durable=self.conf.durable_writes) as partial:
+                yield partial
+                faults.point("disk.create.filled")
+                self._record_new(disk_format)
+            undo.pop_all()
+
+    def _record_new(self, disk_format: str) -> None:
+        self.record(disk_format)
+        # Of a disk that had the name before.
+        if publish.remove_file(self._intent):
+            publish.remove_file(self._broken)
+        faults.point("disk.create.recorded")
 
     def record(self, disk_format: str) -> None:
         """Record the disk's format, for good."""
@@ -154,22 +180,93 @@ class DiskFile:
         """Return the disk's recorded format; a disk that has none recorded is ``default`` from now on.
 
         It is read each time: another process may have made the disk anew, in another format.
+
+        :raises CorruptRecord: none is recorded, and the disk cannot be in ``default``.
         """
         recorded = disk_info.read(self.path)
         if recorded is None and self.exists():
+            # What is a folder and what is a file, no guest can change.
+            if os.path.isdir(self.path):
+                default = "ploop"
+            elif default == "ploop":
+                reason = f"does not tell the format of {self.path}, which is no ploop disk; write it in: raw or qcow2"
+                raise exceptions.CorruptRecord(f"{self.folder}/disk.info", reason)
             self.record(default)
         return recorded or default
 
+    def is_in_use(self) -> bool:
+        """Return whether a guest or a tool has the disk open for writing."""
+        return any(image_lock.is_in_use(path) for path in self._files())
+
     def refuse_in_use(self) -> None:
-        """Make sure that no guest, no tool and no loop device has the disk open for writing.
+        """Make sure that no guest, no tool and no device of the kernel has the disk open for writing.
 
         :raises DiskInUse: one has.
         """
-        if image_lock.is_in_use(self.path):
-            raise exceptions.DiskInUse(self.path, "a running guest or a tool has it open; stop the guest first")
-        device = loop_device.find(self.path)
-        if device is not None:
-            raise exceptions.DiskInUse(self.path, f"{device} is attached to it; stop the container or detach it first")
+        for path in self._files():
+            if image_lock.is_in_use(path):
+                raise exceptions.DiskInUse(self.path, "a running guest or a tool has it open; stop the guest first")
+            device = loop_device.find(path) or ploop.find_device(path)
+            if device is not None:
+                reason = f"{device} is attached to it; stop the container or detach it first"
+                raise exceptions.DiskInUse(self.path, reason)
+
+    def allocated_size(self) -> int:
+        """Return how many bytes of storage the disk takes; those that it shares with others count."""
+        try:
+            return sum(os.stat(path, follow_symlinks=False).st_blocks for path in self._files()) * names.SECTOR
+        except FileNotFoundError as error:
+            raise exceptions.DiskNotFound(self.path) from error
+        except OSError as error:
+            raise exceptions.storage_error(error, self.path) from error
+
+    def _files(self) -> list[str]:
+        """Return the paths of what the disk is stored in."""
+        try:
+            entries = os.listdir(self.path)
+        except NotADirectoryError:
+            return [self.path]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise exceptions.storage_error(error, self.path) from error
+        paths = (f"{self.path}/{entry}" for entry in sorted(entries) if not entry.startswith((".", ploop.NAME)))
+        return [path for path in paths if stat.S_ISREG(os.lstat(path).st_mode)]
+
+    def intend(self, operation: str, **facts: Any) -> None:
+        """Put on record what is about to be done to the disk in place.
+
+        :param facts: what whoever finds the intent has to know to finish the change, or to undo it.
+        """
+        durable = self.conf.durable_writes
+        publish.write_file(self._intent, json.dumps({"operation": operation, **facts}).encode(), durable=durable)
+        if durable:
+            publish.sync_folder(self.folder)
+        faults.point(f"disk.{operation}.intended")
+
+    def intent(self) -> dict[str, Any] | None:
+        """Return what :meth:`intend` put on record and nobody has settled, or None.
+
+        :raises CorruptRecord: it cannot be read.
+        """
+        try:
+            intent: dict[str, Any] = json.loads(pathlib.Path(self._intent).read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise exceptions.storage_error(error, self._intent) from error
+        except ValueError as error:
+            reason = f"cannot be read ({error}); check the disk with 'qemu-img check', then remove this file"
+            raise exceptions.CorruptRecord(self._intent, reason) from error
+        return intent
+
+    def mark_broken(self, facts: dict[str, Any]) -> None:
+        """Mark the disk as damaged: it is not offered for use any more."""
+        publish.write_file(self._broken, json.dumps(facts).encode(), durable=self.conf.durable_writes)
+
+    def forget_damage(self) -> None:
+        """Drop the mark of a disk that was damaged: it holds something else now."""
+        publish.remove_file(self._broken)
 
     @contextlib.contextmanager
     def change(self, operation: str, **facts: Any) -> Iterator[None]:
@@ -181,11 +278,7 @@ class DiskFile:
         :param operation: what is being done.
         :param facts: what whoever finds the intent has to know to finish the change.
         """
-        durable = self.conf.durable_writes
-        publish.write_file(self._intent, json.dumps({"operation": operation, **facts}).encode(), durable=durable)
-        if durable:
-            publish.sync_folder(self.folder)
-        faults.point(f"disk.{operation}.intended")
+        self.intend(operation, **facts)
         try:
             yield
         except Exception as error:
@@ -208,22 +301,16 @@ class DiskFile:
         :raises CorruptDisk: the disk is damaged, and marked so.
         :raises StorageError: it could not be mended; the next attempt may.
         """
-        try:
-            intent: dict[str, Any] = json.loads(pathlib.Path(self._intent).read_bytes())
-        except FileNotFoundError:
+        intent = self.intent()
+        if intent is None:
             return None
-        except OSError as error:
-            raise exceptions.storage_error(error, self._intent) from error
-        except ValueError as error:
-            reason = f"cannot be read ({error}); check the disk with 'qemu-img check', then remove this file"
-            raise exceptions.CorruptRecord(self._intent, reason) from error
         result = self._mend_leaks()
         if result.corruptions:
             # What a change that was cut short leaves is wrong counts; the tables that they are made from are right.
             qemu_img.check(self.path, "qcow2", repair="all", **self.tool_options())
             result = self._mend_leaks()
         if result.corruptions:
-            publish.write_file(self._broken, json.dumps(intent).encode(), durable=self.conf.durable_writes)
+            self.mark_broken(intent)
             reason = f"{result.corruptions} errors after '{intent['operation']}' was cut short; restore or remove it"
             raise exceptions.CorruptDisk(self.path, reason)
         if result.leaks:
@@ -243,9 +330,13 @@ class DiskFile:
 
     def remove_file(self) -> None:
         """Remove the disk itself and what killed makers left of it; :meth:`forget` follows."""
-        publish.remove_file(self.path)
+        if os.path.isdir(self.path):
+            publish.remove_folder(self.path)
+        else:
+            publish.remove_file(self.path)
         faults.point("disk.remove.file")
-        for leftover in (publish.partial_path(self.path), self.scratch, self._intent, self._broken):
+        publish.remove_partial(self.path)
+        for leftover in (self.scratch, self._intent, self._broken):
             publish.remove_file(leftover)
 
     def forget(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks in files: what Raw and Qcow2 have in common, which is all but how a disk is made from a template.
+"""Disks in files: what Raw, Qcow2 and Ploop have in common, which is all but how a disk is made from a template.
 
 What can be done with a disk depends on the format that it is recorded in, not on the class that it was opened as:
 ``[libvirt] images_type`` may have changed since it was made, and raw disks may be kept in qcow2.
@@ -20,6 +20,7 @@ from imagebackend import exceptions, names
 from imagebackend.images import disk_file, disk_info, transfer
 from imagebackend.images.base import Capabilities, Image, Progress, Snapshot
 from imagebackend.images.model import LocalFileImage
+from imagebackend.images.ploop_folder import PloopFolder
 from imagebackend.images.qcow2_file import Qcow2File
 from imagebackend.images.qcow2_options import creation_options
 from imagebackend.images.raw_file import RawFile
@@ -27,15 +28,17 @@ from imagebackend.storage import publish, qcow2
 from imagebackend.templates.cache import FetchFunction, Template, TemplateCache
 
 if TYPE_CHECKING:
-    from imagebackend.guest import LibvirtConfigGuestDisk
+    from imagebackend.guest import LibvirtConfigGuestDisk, LibvirtConfigGuestFilesys
 
 __all__ = ["FileImage"]
 
 LOG = logging.getLogger(__name__)
 
-# What disks and their records were when they were last looked at, and the format that was found, by disk and folder of
-# templates: agents make an Image each time that they describe a disk.
-_SEEN: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
+_Stored = RawFile | Qcow2File | PloopFolder
+
+# What disks and their records were when they were last looked at, and the path and the format for libvirt that were
+# found, by disk and folder of templates: agents make an Image each time that they describe a disk.
+_SEEN: dict[tuple[str, str], tuple[tuple[int, ...], str, str]] = {}
 _MAX_SEEN = 4096
 
 
@@ -68,9 +71,9 @@ class FileImage(Image):
         return Capabilities(
             snapshots=stored.can_snapshot(),
             clone=False,
-            flatten=stored.template_file() is not None if self.exists() else self.new_disk_depends,
+            flatten=stored.depends() if self.exists() else self.new_disk_depends,
             direct_snapshot=False,
-            resize_running=True,
+            resize_running=stored.grows_running,
         )
 
     def exists(self) -> bool:
@@ -97,14 +100,7 @@ class FileImage(Image):
             if self._file.exists():
                 self._settle()
                 return
-            with self._file.create(self.new_format) as (descriptor, partial):
-                if self.new_format == "raw":
-                    transfer.set_length(descriptor, size, partial)
-                    func(partial)
-                    transfer.check_filled(partial, size)
-                    transfer.set_size(self.conf, descriptor, size, partial)
-                else:
-                    self._convert_filled(func, size, partial)
+            self._create_filled(func, size)
         LOG.info("disk %s made: %d bytes", self.path, size)
 
     def resize_image(self, size: int, domain: Any = None) -> None:
@@ -112,9 +108,12 @@ class FileImage(Image):
         with self._file.lock():
             stored = self._settle()
             current = stored.virtual_size()
-            if transfer.is_grown(self.path, current, size):
+            if transfer.is_grown(self.path, current, stored.new_size(size)):
                 return
             if domain is not None and transfer.is_running(domain):
+                if not stored.grows_running:
+                    reason = f"QEMU cannot, for a disk in {stored.disk_format}; stop the guest first"
+                    raise exceptions.Unsupported("growing a disk under its guest", reason)
                 transfer.resize_running(domain, self.path, size)
             else:
                 self._file.refuse_in_use()
@@ -160,7 +159,7 @@ class FileImage(Image):
     def flatten(self, *, progress: Progress | None = None) -> None:
         with self._file.lock():
             stored = self._settle()
-            if isinstance(stored, Qcow2File) and stored.template_file() is not None:
+            if stored.depends():
                 self._file.refuse_in_use()
                 stored.flatten(progress)
                 LOG.info("disk %s flattened", self.path)
@@ -175,19 +174,37 @@ class FileImage(Image):
         stored.check()
         if isinstance(stored, Qcow2File):
             return qcow2.backing_chain(self.path)
-        return [qcow2.BackingFile(self.path, "raw", stored.virtual_size())]
+        paths = stored.paths() if isinstance(stored, PloopFolder) else [self.path]
+        return [qcow2.BackingFile(path, stored.disk_format, stored.virtual_size()) for path in paths]
+
+    def is_in_use(self) -> bool:
+        """Return whether a guest or a tool has the disk open for writing."""
+        return self._file.is_in_use()
+
+    def allocated_size(self) -> int:
+        """Return how many bytes of storage the disk takes; those that it shares with others count.
+
+        :raises DiskNotFound: it is not there.
+        """
+        return self._file.allocated_size()
 
     def snapshot_extract(
         self, target: str, out_format: str | None = None, *, progress: Progress | None = None
     ) -> None:
         with self._file.lock():
             stored = self._settle()
-            transfer.extract(self._file, stored.disk_format, target, out_format, progress)
+            if isinstance(stored, PloopFolder):
+                stored.extract(target, out_format, progress)
+            else:
+                transfer.extract(self._file, stored.disk_format, target, out_format, progress)
 
     def import_file(self, instance: Any, local_file: str, remote_name: str) -> None:
         disk = disk_file.for_disk(self.conf, instance, remote_name)
         with disk.lock():
-            transfer.import_file(disk, self.new_format, local_file)
+            if disk.resolve_format(self.new_format) == "ploop":
+                PloopFolder(disk).import_file(os.path.abspath(local_file))
+            else:
+                transfer.import_file(disk, self.new_format, local_file)
             RawFile(disk).remove_snapshots()
             self.templates.release_all(disk.owner)
 
@@ -214,46 +231,68 @@ class FileImage(Image):
             elif template is not None:
                 self.templates.release(template, self._file.owner)
 
+    def libvirt_fs_info(self, target: str, driver_type: str | None = None) -> LibvirtConfigGuestFilesys:
+        stored = self._sound()
+        if not isinstance(stored, PloopFolder):
+            return super().libvirt_fs_info(target, driver_type)
+        if driver_type not in (None, "ploop"):
+            raise exceptions.Unsupported(
+                f"a container's file system by {driver_type}",
+                f"{self.path} is a ploop disk, which the driver 'ploop' takes; for another, extract it to a raw file",
+            )
+        from imagebackend import guest
+
+        # The kernel's driver is told of the folder, whose descriptor names the images.
+        return guest.LibvirtConfigGuestFilesys(
+            source_type="file", source_file=self.path, driver_type="ploop", driver_format="ploop", target_dir=target
+        )
+
     @staticmethod
     def is_file_in_instance_path() -> bool:
         return True
 
     def _describe_source(self, disk: LibvirtConfigGuestDisk) -> None:
-        settled = self._file.is_settled()
-        identity = self._file.identity()
+        settled, identity = self._file.is_settled(), self._file.identity()
         key = self.path, self.templates.folder
-        seen, disk_format = _SEEN.get(key, (None, ""))
+        seen, path, disk_format = _SEEN.get(key, (None, "", ""))
         if not settled or identity is None or seen != identity:
-            if not settled:
-                with self._file.lock():
-                    self._settle()
-            self._file.require()
-            stored = self._stored()
-            stored.check()
-            disk_format = stored.disk_format
-            if identity is not None:
+            stored = self._sound()
+            path, disk_format = stored.source_path(), stored.disk_format
+            if identity is not None and stored.is_closed():
                 if len(_SEEN) >= _MAX_SEEN:
                     _SEEN.clear()
-                _SEEN[key] = identity, disk_format
-        disk.source_path = self.path
+                _SEEN[key] = identity, path, disk_format
+        disk.source_path = path
         disk.driver_format = disk_format
+
+    def _sound(self) -> _Stored:
+        """Return what the disk's format makes of it, once nothing remains to be done to it and it may be used."""
+        self._file.require()
+        if not self._file.is_settled() or self._stored().is_torn():
+            with self._file.lock():
+                self._settle()
+        stored = self._stored()
+        stored.check()
+        return stored
 
     def _is_ready(self) -> bool:
         return self._file.exists() and self._file.is_settled()
 
-    def _stored(self) -> RawFile | Qcow2File:
+    def _stored(self) -> _Stored:
         """Return what the disk's recorded format makes of it.
 
-        :raises Unsupported: files hold no disks in that format.
+        :raises Unsupported: there are no disks in that format here.
         """
         disk_format = self.resolve_driver_format()
         if disk_format == "qcow2":
             return Qcow2File(self._file, self.templates)
         if disk_format == "raw":
             return RawFile(self._file)
-        raise exceptions.Unsupported(f"a disk in {disk_format}", "files hold raw or qcow2 disks")
+        if disk_format == "ploop":
+            return PloopFolder(self._file)
+        raise exceptions.Unsupported(f"a disk in {disk_format}", "files hold raw, qcow2 or ploop disks")
 
-    def _settle(self) -> RawFile | Qcow2File:
+    def _settle(self) -> _Stored:
         """Make sure that the disk is there and sound, finishing what was cut short; under its lock."""
         self._file.require()
         stored = self._stored()
@@ -261,7 +300,7 @@ class FileImage(Image):
         return stored
 
     @contextlib.contextmanager
-    def _snapshot(self, operation: str, name: str) -> Iterator[RawFile | Qcow2File | None]:
+    def _snapshot(self, operation: str, name: str) -> Iterator[_Stored | None]:
         """Give the disk, locked and not in use, if it has the snapshot; None where it can have none."""
         names.check_name("snapshot", name)
         with self._file.lock():
@@ -276,24 +315,28 @@ class FileImage(Image):
                 yield None
 
     @staticmethod
-    def _has_snapshot(stored: RawFile | Qcow2File, name: str) -> bool:
+    def _has_snapshot(stored: _Stored, name: str) -> bool:
         return any(snapshot.name == name for snapshot in stored.snapshots())
 
-    def _convert_filled(self, func: Callable[[str], object], size: int, target: str) -> None:
-        scratch = self._file.scratch
-        with contextlib.ExitStack() as undo:
-            try:
-                descriptor = publish.create(scratch)
-            except OSError as error:
-                raise exceptions.storage_error(error, scratch) from error
-            undo.callback(os.close, descriptor)
-            with contextlib.ExitStack() as discard:
-                discard.callback(publish.remove_quietly, scratch)
-                transfer.set_length(descriptor, size, scratch)
-                func(scratch)
-                transfer.check_filled(scratch, size)
+    def _create_filled(self, func: Callable[[str], object], size: int) -> None:
+        """Make a disk that is filled by ``func``; under its lock."""
+        with self._file.create(self.new_format) as (descriptor, partial):
+            if self.new_format == "raw":
+                transfer.set_length(descriptor, size, partial)
+                func(partial)
+                transfer.check_filled(partial, size)
+                transfer.set_size(self.conf, descriptor, size, partial)
+                return
+            with self._filled_scratch(func, size) as scratch:
                 options = creation_options(self.conf, backed=False)
-                transfer.convert(self._file, scratch, "raw", target, "qcow2", options=options)
-                # As large as the disk's data: it must not stay without anybody being told.
-                publish.remove_file(scratch)
-                discard.pop_all()
+                transfer.convert(self._file, scratch, "raw", partial, "qcow2", options=options)
+
+    @contextlib.contextmanager
+    def _filled_scratch(self, func: Callable[[str], object], size: int) -> Iterator[str]:
+        """Give the path of a raw file that ``func`` filled; it is gone at the end of the block."""
+        scratch = self._file.scratch
+        with publish.new_scratch(scratch) as descriptor:
+            transfer.set_length(descriptor, size, scratch)
+            func(scratch)
+            transfer.check_filled(scratch, size)
+            yield scratch

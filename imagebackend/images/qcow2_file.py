@@ -25,6 +25,7 @@ class Qcow2File:
     """
 
     disk_format = "qcow2"
+    grows_running = True
 
     def __init__(self, disk: DiskFile, templates: TemplateCache) -> None:
         self._disk = disk
@@ -58,9 +59,25 @@ class Qcow2File:
         if template is not None:
             self._templates.lease(template, self._disk.owner)
 
+    def is_torn(self) -> bool:
+        """Return False: QEMU itself mends what a killed guest left, when it opens the image."""
+        return False
+
+    def is_closed(self) -> bool:
+        """Return True: what QEMU notes in the image while it writes to it keeps nobody from opening it."""
+        return True
+
+    def source_path(self) -> str:
+        """Return the path for QEMU."""
+        return self._disk.path
+
     def virtual_size(self) -> int:
         """Return the disk's size in bytes."""
         return self._header().virtual_size
+
+    def new_size(self, size: int) -> int:
+        """Return the size that the disk gets when it is asked to have this one."""
+        return size
 
     def grow(self, size: int) -> None:
         """Make the disk ``size`` bytes large; allocated, if that is wanted."""
@@ -68,6 +85,10 @@ class Qcow2File:
         with self._disk.change("resize"):
             options = self._disk.tool_options()
             qemu_img.resize(self._disk.path, "qcow2", size, preallocation=preallocation, **options)
+
+    def depends(self) -> bool:
+        """Return whether the disk depends on a template."""
+        return self.template_file() is not None
 
     def template_file(self) -> str | None:
         """Return the name, in the cache, of the template's file that the disk depends on, or None."""

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import os
-import time
 
 from imagebackend import exceptions, faults
 from imagebackend.images import transfer
-from imagebackend.images.base import Snapshot
+from imagebackend.images.base import Progress, Snapshot
 from imagebackend.images.disk_file import DiskFile
 from imagebackend.storage import image_lock, publish, reflink
 
@@ -21,6 +19,7 @@ class RawFile:
     """A disk in a raw file; its snapshots are reflinks of it, beside it: ``disk@name``."""
 
     disk_format = "raw"
+    grows_running = True
 
     def __init__(self, disk: DiskFile) -> None:
         self._disk = disk
@@ -29,12 +28,28 @@ class RawFile:
     def check(self) -> None:
         """Do nothing: what is in a raw file is its guest's."""
 
+    def is_torn(self) -> bool:
+        """Return False: a raw file needs no mending when its writer was killed."""
+        return False
+
+    def is_closed(self) -> bool:
+        """Return True: nothing in a raw file says who writes to it."""
+        return True
+
     def settle(self) -> None:
         """Do nothing: no change of a raw file can be half done."""
+
+    def source_path(self) -> str:
+        """Return the path for QEMU."""
+        return self._disk.path
 
     def virtual_size(self) -> int:
         """Return the disk's size in bytes."""
         return transfer.virtual_size(self._disk.path, "raw")
+
+    def new_size(self, size: int) -> int:
+        """Return the size that the disk gets when it is asked to have this one."""
+        return size
 
     def grow(self, size: int) -> None:
         """Make the disk ``size`` bytes long; allocated, if that is wanted."""
@@ -45,21 +60,17 @@ class RawFile:
             if self._conf.durable_writes:
                 transfer.sync(descriptor, path)
 
+    def depends(self) -> bool:
+        """Return False: the disk's data are its own."""
+        return False
+
     def template_file(self) -> str | None:
         """Return None: the disk's data are its own."""
         return None
 
     def can_snapshot(self) -> bool:
         """Return whether the file system shares blocks, and may."""
-        folder = self._disk.folder
-        while not os.path.isdir(folder):
-            folder = os.path.dirname(folder)  # the disk's own may be still to be made
-        if self._conf.reflink == "never":
-            return False
-        try:
-            return _shares_blocks(folder, os.stat(folder).st_dev)
-        except exceptions.StorageError:
-            return False  # nothing can be written there now, not even to find out
+        return self._conf.reflink != "never" and transfer.shares_blocks(self._disk.folder)
 
     def snapshots(self) -> list[Snapshot]:
         """Return the snapshots, oldest first."""
@@ -96,6 +107,9 @@ class RawFile:
             publish.remove_file(path)
             faults.point("disk.remove.snapshot")
 
+    def flatten(self, progress: Progress | None) -> None:
+        """Do nothing: the disk's data are its own."""
+
     def _share(self, source: str, target: str, *, replace: bool) -> None:
         durable = self._conf.durable_writes
         with (
@@ -104,7 +118,7 @@ class RawFile:
         ):
             if not reflink.clone_file(descriptor, clone):
                 raise exceptions.Unsupported("a snapshot", f"the file system of {source} does not share blocks")
-            _set_time(clone, target)
+            transfer.set_time(clone, target)
 
     def _snapshot_paths(self) -> list[str]:
         # No name that a user can give contains '@'.
@@ -116,18 +130,3 @@ class RawFile:
         except OSError as error:
             raise exceptions.storage_error(error, self._disk.folder) from error
         return [f"{self._disk.folder}/{entry}" for entry in sorted(entries) if entry.startswith(prefix)]
-
-
-def _set_time(descriptor: int, path: str) -> None:
-    # The kernel's own may be the same for all that happens within 4 ms, and snapshots are listed by it.
-    now = time.time_ns()
-    try:
-        os.utime(descriptor, ns=(now, now))
-    except OSError as error:
-        raise exceptions.storage_error(error, path) from error
-
-
-@functools.lru_cache(maxsize=16)
-def _shares_blocks(folder: str, device: int) -> bool:
-    # By device: another file system may have been mounted there.
-    return reflink.is_supported(folder)

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,8 +24,10 @@ __all__ = [
     "check_filled",
     "convert",
     "copy",
+    "existing",
     "extract",
     "extract_target",
+    "extracting",
     "import_file",
     "is_grown",
     "is_running",
@@ -31,6 +35,8 @@ __all__ = [
     "resize_running",
     "set_length",
     "set_size",
+    "set_time",
+    "shares_blocks",
     "sync",
     "virtual_size",
 ]
@@ -158,17 +164,52 @@ def sync(descriptor: int, path: str) -> None:
         raise exceptions.storage_error(error, path) from error
 
 
-def copy(conf: cfg.ConfigOpts, source: int, target: int, *, progress: Progress | None) -> None:
+def copy(conf: cfg.ConfigOpts, source: int, target: int, *, progress: Progress | None, allocate: bool = True) -> None:
     """Copy a file, or share its blocks, as ``reflink`` and ``preallocate_images`` say.
 
+    :param allocate: let ``preallocate_images`` have its say: it is for disks, not for their snapshots.
     :raises Unsupported: blocks must be shared, and cannot be here.
     """
-    if conf.preallocate_images == "space" or conf.reflink == "never":
+    if conf.reflink == "never" or (allocate and conf.preallocate_images == "space"):
         sparse_copy.copy(source, target, progress=progress, share=False)
     elif conf.reflink == "auto":
         sparse_copy.copy(source, target, progress=progress)
     elif not reflink.clone_file(source, target):
         raise exceptions.Unsupported("[DEFAULT] reflink = always", "this file system does not share blocks")
+
+
+def existing(folder: str) -> str:
+    """Return a folder, or the nearest one above it that is there."""
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def shares_blocks(folder: str) -> bool:
+    """Return whether files in a folder, which may be still to be made, can share blocks; False if nobody knows."""
+    folder = existing(folder)
+    try:
+        # By device: another file system may have been mounted there.
+        return _shares_blocks(folder, os.stat(folder).st_dev)
+    except exceptions.StorageError:
+        return False  # nothing can be written there now, not even to find out
+
+
+@functools.lru_cache(maxsize=16)
+def _shares_blocks(folder: str, device: int) -> bool:
+    return reflink.is_supported(folder)
+
+
+def set_time(descriptor: int, path: str) -> None:
+    """Set a file's time of change to the nanosecond: snapshots are listed by it.
+
+    The kernel's own may be the same for all that happens within 4 ms.
+    """
+    now = time.time_ns()
+    try:
+        os.utime(descriptor, ns=(now, now))
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
 
 
 def extract_target(conf: cfg.ConfigOpts, target: str, out_format: str | None, disk_format: str) -> tuple[str, str]:
@@ -190,19 +231,31 @@ def extract(disk: DiskFile, disk_format: str, target: str, out_format: str | Non
     :raises DiskInUse: a guest holds the disk.
     """
     target, out_format = extract_target(disk.conf, target, out_format, disk_format)
-    compress = out_format == "qcow2" and disk.conf.libvirt.snapshot_compression
-    durable = disk.conf.durable_writes
-    lock = f"{disk.locks}/extract-{hashlib.sha256(os.fsencode(target)).hexdigest()[:32]}"
-    with (
-        locks.hold(lock, timeout=disk.conf.lock_timeout, transient=True),
-        _kept_from_writers(disk),
-        publish.new_file(target, durable=durable, replace=True) as (descriptor, partial),
-    ):
+    with extracting(disk, disk.path, target) as (descriptor, partial):
         if disk_format == out_format == "raw":
             with open_file(disk.path) as source:
                 sparse_copy.copy(source, descriptor, progress=progress)
         else:
+            compress = out_format == "qcow2" and disk.conf.libvirt.snapshot_compression
             convert(disk, disk.path, disk_format, partial, out_format, compress=compress, progress=progress)
+
+
+@contextlib.contextmanager
+def extracting(disk: DiskFile, image: str, target: str) -> Iterator[tuple[int, str]]:
+    """Give an empty file for a copy of a disk, to which nobody writes meanwhile; at the end it gets its name.
+
+    :param image: the file that the disk's writers have open.
+    :param target: from :func:`extract_target`.
+    :returns: the open descriptor and the temporary path.
+    :raises DiskInUse: a guest holds the disk.
+    """
+    lock = f"{disk.locks}/extract-{hashlib.sha256(os.fsencode(target)).hexdigest()[:32]}"
+    with (
+        locks.hold(lock, timeout=disk.conf.lock_timeout, transient=True),
+        _kept_from_writers(disk, image),
+        publish.new_file(target, durable=disk.conf.durable_writes, replace=True) as (descriptor, partial),
+    ):
+        yield descriptor, partial
 
 
 def _extract_path(conf: cfg.ConfigOpts, target: str) -> str:
@@ -220,10 +273,10 @@ def _extract_path(conf: cfg.ConfigOpts, target: str) -> str:
 
 
 @contextlib.contextmanager
-def _kept_from_writers(disk: DiskFile) -> Iterator[None]:
+def _kept_from_writers(disk: DiskFile, image: str) -> Iterator[None]:
     """Let nobody begin to write to the disk in the block; who only reads is welcome, ourselves among them."""
     disk.refuse_in_use()
-    with image_lock.hold(disk.path, shared=True):
+    with image_lock.hold(image, shared=True):
         yield
 
 

@@ -19,9 +19,14 @@ __all__ = [
     "commit",
     "create",
     "new_file",
+    "new_folder",
+    "new_scratch",
+    "opened_new",
     "partial_path",
     "read_file",
     "remove_file",
+    "remove_folder",
+    "remove_partial",
     "remove_quietly",
     "sync_folder",
     "write_file",
@@ -62,6 +67,73 @@ def new_file(path: str, *, durable: bool, replace: bool = False) -> Iterator[tup
             yield descriptor, partial
             commit(descriptor, partial, path, durable=durable, replace=replace)
             discard.pop_all()
+
+
+@contextlib.contextmanager
+def opened_new(path: str) -> Iterator[int]:
+    """Give a new file, open for reading and writing, in a folder that is still under its temporary name.
+
+    :raises InsufficientSpace, PermissionDenied, StorageError: as the operating system says.
+    """
+    try:
+        descriptor = create(path)
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_scratch(path: str) -> Iterator[int]:
+    """Give an empty file, open for reading and writing, that is gone at the end of the block.
+
+    :raises InsufficientSpace, PermissionDenied, StorageError: as the operating system says; also if the file stays.
+    """
+    with opened_new(path) as descriptor, contextlib.ExitStack() as discard:
+        discard.callback(remove_quietly, path)
+        yield descriptor
+        # As large as a disk's data: it must not stay without anybody being told.
+        remove_file(path)
+        discard.pop_all()
+
+
+@contextlib.contextmanager
+def new_folder(path: str, *, durable: bool) -> Iterator[str]:
+    """Give an empty folder, of mode 0755, to fill in the block; at the end of the block it gets its name.
+
+    :param path: the final name, absolute, which no other file or folder has.
+    :param durable: what the block has put into the folder reaches stable storage before the name does, and the name
+        before the block is left. The block syncs the files.
+    :returns: the temporary path.
+    :raises InsufficientSpace, PermissionDenied, StorageError: as the operating system says. What the block raises
+        propagates as it is.
+    """
+    partial = partial_path(path)
+    remove_partial(path)
+    try:
+        _make_folder(partial)
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+    with contextlib.ExitStack() as discard:
+        discard.callback(remove_quietly, partial)
+        yield partial
+        faults.point("publish.filled")
+        if durable:
+            sync_folder(partial)
+        faults.point("publish.synced")
+        try:
+            os.rename(partial, path)
+        except OSError as error:
+            raise exceptions.storage_error(error, path) from error
+        discard.pop_all()
+    faults.point("publish.renamed")
+    if durable:
+        with contextlib.ExitStack() as undo:
+            undo.callback(remove_quietly, path)
+            sync_folder(os.path.dirname(path))
+            undo.pop_all()
 
 
 def commit(descriptor: int, partial: str, path: str, *, durable: bool, replace: bool = False) -> None:
@@ -154,6 +226,37 @@ def remove_file(path: str) -> bool:
     except OSError as error:
         raise exceptions.storage_error(error, path) from error
     return True
+
+
+def remove_folder(path: str) -> bool:
+    """Remove a folder and what is in it if it is there, whole or, for whoever looks at its name, not at all.
+
+    :returns: whether it was there.
+    :raises PermissionDenied, StorageError: it is still there, or a part of it under its temporary name.
+    """
+    remove_partial(path)
+    try:
+        os.rename(path, partial_path(path))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+    faults.point("publish.removed")
+    remove_partial(path)
+    return True
+
+
+def remove_partial(path: str) -> None:
+    """Remove what a killed maker, or remover, left of ``path`` under its temporary name.
+
+    :raises PermissionDenied, StorageError: it is still there.
+    """
+    partial = partial_path(path)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            _remove(partial)
+    except OSError as error:
+        raise exceptions.storage_error(error, partial) from error
 
 
 def sync_folder(folder: str) -> None:

@@ -46,6 +46,10 @@ STORES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "qcow2-on-qcow2": ("qcow2", "ext4_folder", {"force_raw_images": False}),
+    "ploop-ext4": ("ploop", "ext4_folder", {}),
+    "ploop-xfs": ("ploop", "xfs_folder", {}),
+    "ploop-preallocated": ("ploop", "ext4_folder", {"preallocate_images": "space"}),
+    "ploop-of-qcow2": ("ploop", "xfs_folder", {"force_raw_images": False}),
     "rbd-v1": ("rbd", "ext4_folder", {"libvirt.images_rbd_clone_format": "1"}),
     "rbd-v2": ("rbd", "ext4_folder", {"libvirt.images_rbd_clone_format": "2"}),
 }
@@ -114,10 +118,21 @@ class Store:
     def format(self, image: Image) -> str:
         return image.resolve_driver_format()
 
+    def qemu(self, image: Image) -> tuple[str, str]:
+        """Return the format and the path that QEMU's tools are told for a disk."""
+        return self.format(image), image.path
+
+    def rounded(self, size: int) -> int:
+        """Return the size of a disk that is asked to have this one."""
+        return size
+
     def content(self, image: Image) -> bytes:
         """Return what a guest would read."""
+        return self._read(*self.qemu(image))
+
+    def _read(self, disk_format: str, path: str) -> bytes:
         target = self.sources / f"content{next(self._disks)}"
-        self.run("qemu-img", "convert", "-f", self.format(image), "-O", "raw", image.path, target)
+        self.run("qemu-img", "convert", "-f", disk_format, "-O", "raw", path, target)
         return target.read_bytes()
 
     def snapshot_content(self, image: Image, name: str) -> bytes:
@@ -130,7 +145,8 @@ class Store:
 
     def write(self, image: Image, offset: int, length: int, pattern: int) -> None:
         """Write to the disk as a guest would."""
-        self.run("qemu-io", "-f", self.format(image), "-c", f"write -P {pattern} {offset} {length}", image.path)
+        disk_format, path = self.qemu(image)
+        self.run("qemu-io", "-f", disk_format, "-c", f"write -P {pattern} {offset} {length}", path)
 
     def check(self, image: Image) -> None:
         """Make sure that the disk is sound, leaks included."""
@@ -163,6 +179,37 @@ class Store:
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
+
+
+class PloopStore(Store):
+    """A backend that makes ploop disks, looked at with QEMU's driver and with ploop."""
+
+    def qemu(self, image: Image) -> tuple[str, str]:
+        return "parallels", f"{image.path}/root.hds"
+
+    def rounded(self, size: int) -> int:
+        return -(-size // MIB) * MIB
+
+    def snapshot_content(self, image: Image, name: str) -> bytes:
+        return self._read("parallels", f"{image.path}/root.hds@{name}")
+
+    def check(self, image: Image) -> None:
+        for path in Path(image.path).glob("root.hds*"):
+            self.run("qemu-img", "check", "-f", "parallels", path)
+        descriptor = f"{image.path}/DiskDescriptor.xml"
+        assert f"size:\t\t{image.get_disk_size(image.path) // 512}\n" in self.run("ploop", "info", "-s", descriptor)
+        listed = self.run("ploop", "snapshot-list", "-H", "-o", "fname", descriptor).split()
+        assert {Path(path).name for path in listed} == {path.name for path in Path(image.path).glob("root.hds*")}
+
+    def files(self) -> set[str]:
+        """Leave out the lock file that ploop makes and leaves."""
+        return {path for path in super().files() if not path.endswith(".lck")}
+
+    def check_model(self, image: Image) -> None:
+        assert image.get_model(None) == LocalFileImage(image.path, "ploop")
+
+    def check_source(self, image: Image, disk: LibvirtConfigGuestDisk) -> None:
+        assert (disk.source_type, disk.source_path) == ("file", f"{image.path}/root.hds")
 
 
 class RbdStore(Store):
@@ -243,6 +290,8 @@ def open_store(name: str, request: pytest.FixtureRequest) -> Store:
     folder = request.getfixturevalue(fixture)
     if image_type == "rbd":
         return RbdStore(folder, options, request.getfixturevalue("ceph"), request.getfixturevalue("rbd_pool"))
+    if image_type == "ploop":
+        return PloopStore(folder, image_type, options)
     return Store(folder, image_type, options)
 
 

@@ -92,12 +92,21 @@ def test_a_container_gets_the_disk_by_a_driver_for_its_format(store: Store) -> N
         return
 
     filesystem = image.libvirt_fs_info("/data")
+    assert guest.LibvirtConfigGuestFilesys.parse(filesystem.to_xml()) == filesystem
+    if store.image_type == "ploop":
+        assert (filesystem.source_file, filesystem.driver_type, filesystem.driver_format) == (
+            image.path,
+            "ploop",
+            "ploop",
+        )
+        with pytest.raises(exceptions.Unsupported, match="extract it"):
+            image.libvirt_fs_info("/", driver_type="nbd")
+        return
 
     raw = store.format(image) == "raw"
     assert (filesystem.source_type, filesystem.source_file, filesystem.target_dir) == ("file", image.path, "/data")
     assert (filesystem.driver_type, filesystem.driver_format) == ("loop" if raw else "nbd", store.format(image))
     assert image.libvirt_fs_info("/", driver_type="nbd").driver_type == "nbd"
-    assert guest.LibvirtConfigGuestFilesys.parse(filesystem.to_xml()) == filesystem
 
 
 def test_the_backends_static_facts(store: Store) -> None:

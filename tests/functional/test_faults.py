@@ -21,7 +21,10 @@ from imagebackend.images.qcow2 import Qcow2
 from imagebackend.templates.sources import open_source
 from tests.contract.conftest import MIB, STORES, RbdStore, Store, open_store
 
-SWEPT = ("raw-ext4", "raw-xfs", "raw-of-qcow2", "qcow2", "qcow2-options", "qcow2-on-qcow2", "rbd-v1", "rbd-v2")
+SWEPT = (
+    *("raw-ext4", "raw-xfs", "raw-of-qcow2", "qcow2", "qcow2-options", "qcow2-on-qcow2"),
+    *("ploop-ext4", "ploop-xfs", "rbd-v1", "rbd-v2"),
+)
 
 
 def fetch_qcow2(store: Store) -> Callable[..., None]:
@@ -179,16 +182,8 @@ def state_of(store: Store) -> State:
     )
     extracts = [path.name for path in store.sources.glob("extract*")]
     for name in extracts:
-        store.run(
-            "qemu-img",
-            "compare",
-            "-f",
-            "qcow2",
-            "-F",
-            store.format(store.image()),
-            store.sources / name,
-            store.image().path,
-        )
+        disk_format, path = store.qemu(store.image())
+        store.run("qemu-img", "compare", "-f", "qcow2", "-F", disk_format, store.sources / name, path)
     return State(contents, snapshots, list(names), leases, extracts)
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import imagebackend
 from imagebackend import exceptions
 from imagebackend.images.base import Image
+from imagebackend.images.ploop import Ploop
 from imagebackend.images.qcow2 import Qcow2
 from imagebackend.images.raw import Raw
 from tests import counting
@@ -47,6 +48,7 @@ def make(backend: imagebackend.Backend, instance: str, disk: str, image_type: st
         ("raw", True, "qcow2", Qcow2),
         ("qcow2", True, "raw", Raw),
         ("qcow2", True, "flat", Raw),
+        ("ploop", True, None, Ploop),
         ("raw", True, "default", Qcow2),
         ("qcow2", False, "default", Raw),
         ("no such type", True, "raw", Raw),
@@ -68,7 +70,7 @@ def test_an_unknown_type_is_an_error_that_lists_the_known_ones(backend, image_ty
         lambda: backend.snapshot("/srv/instance/disk", image_type),
     ):
         with pytest.raises(
-            exceptions.InvalidConfiguration, match=r"is not one of default, flat, qcow2, raw"
+            exceptions.InvalidConfiguration, match=r"is not one of default, flat, ploop, qcow2, raw"
         ) as caught:
             act()
         assert caught.value.option == "[libvirt] images_type"

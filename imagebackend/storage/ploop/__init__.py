@@ -15,8 +15,9 @@ from imagebackend.storage.ploop.descriptor import (
     format_descriptor,
     parse_descriptor,
 )
+from imagebackend.storage.ploop.device import find_device
 from imagebackend.storage.ploop.header import CLUSTER_SIZE, MAX_SIZE, MAX_SIZE_V1, Header, read_header, round_size
-from imagebackend.storage.ploop.image import cut, grow, version_for, write_image
+from imagebackend.storage.ploop.image import allocate, cut, grow, version_for, write_image
 from imagebackend.storage.ploop.table import allocated_clusters, data_runs, read_table
 
 __all__ = [
@@ -29,9 +30,11 @@ __all__ = [
     "Delta",
     "Descriptor",
     "Header",
+    "allocate",
     "allocated_clusters",
     "cut",
     "data_runs",
+    "find_device",
     "format_descriptor",
     "grow",
     "parse_descriptor",

@@ -24,7 +24,7 @@ from imagebackend.storage.ploop.header import (
 from imagebackend.storage.ploop.table import pack_table, read_table
 from imagebackend.storage.run import Run
 
-__all__ = ["cut", "grow", "version_for", "write_image"]
+__all__ = ["allocate", "cut", "grow", "version_for", "write_image"]
 
 Progress = Callable[[int, int], None]
 
@@ -110,6 +110,32 @@ def grow(target: int, size: int, name: str, *, durable: bool) -> Header:
         raise exceptions.storage_error(error, name) from error
     faults.point("ploop.grow.header")
     return new
+
+
+def allocate(target: int, name: str, *, durable: bool) -> None:
+    """Give every cluster of the disk its storage; those that had none read as zeros, as before.
+
+    :param target: open for reading and writing; nobody else has it.
+    :param durable: the storage is there, after a power cut too, before the table leads to it.
+    :raises ImageUnacceptable: the image is damaged.
+    :raises InsufficientSpace, StorageError: nothing has changed.
+    """
+    header = read_header(target, name)
+    table = read_table(target, header, name)
+    end = _end(table, header)
+    missing = [index for index, cluster in enumerate(table) if not cluster]
+    for place, index in enumerate(missing, end // header.cluster_size):
+        table[index] = place
+    if not missing:
+        return
+    try:
+        os.ftruncate(target, end)
+        sparse_copy.allocate(target, end + len(missing) * header.cluster_size)
+        _sync(target, durable)
+        _write(target, pack_table(table, header), HEADER_SIZE)
+        _sync(target, durable)
+    except OSError as error:
+        raise exceptions.storage_error(error, name) from error
 
 
 def cut(target: int, name: str) -> None:
