@@ -30,7 +30,7 @@ _NOTHING_SELECTED = 5
 def main() -> int:
     """Run the tests with the arguments of this command, which are pytest's; return the exit status."""
     REPORTS.mkdir(parents=True, exist_ok=True)
-    for old in REPORTS.iterdir():
+    for old in REPORTS.glob("*.xml"):
         old.unlink()
     guests = not _has_device_mapper()
     with ThreadPoolExecutor(len(SHARES)) as threads:

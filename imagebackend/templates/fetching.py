@@ -86,6 +86,14 @@ class Arrival:
         """
         return self._commit(file, replace=True)
 
+    def discard(self) -> None:
+        """Remove the image: one that is there already will do.
+
+        :raises PermissionDenied, StorageError: it is still there.
+        """
+        for path in {self.template.path, self._target}:
+            publish.remove_file(path)
+
     def take_back_quietly(self) -> None:
         """Remove the file as an undo step, if it was published: the error that led here matters more."""
         if self._published is not None:

@@ -64,7 +64,6 @@ def replace(folder: TemplateFolder, request: Request, seen: Template) -> Templat
         with fetching.arriving(folder, request, f"{name}@") as arrival, folder.lock(name):
             # It may have been removed meanwhile, or been given labels.
             template = _take_name(folder, arrival, folder.read(name, check_file=False))
-        with folder.lock(name):
             _forget_leftovers(folder, name)
     return template
 
@@ -110,6 +109,7 @@ def _kept(folder: TemplateFolder, arrival: Arrival, there: Template, arrived: Te
     history = there.history
     try:
         folder.read(there.name)
+        arrival.discard()
         detail = "the same image"
     except exceptions.CorruptRecord as error:
         LOG.warning("template %s was damaged, and is replaced by the same image: %s", there.name, error)
@@ -131,9 +131,11 @@ def _fetches(template: Template) -> tuple[object, ...]:
 
 
 def _forget_leftovers(folder: TemplateFolder, name: str) -> None:
-    for leftover in folder.leftovers(name):
-        folder.forget(leftover)
-        faults.point("template.pull.revived")
+    # The image is there, and has its name. What cannot be forgotten now is forgotten by the next pull.
+    with contextlib.suppress(exceptions.ImageBackendError):
+        for leftover in folder.leftovers(name):
+            folder.forget(leftover)
+            faults.point("template.pull.revived")
 
 
 def _refuse_unrecorded(folder: TemplateFolder, file: str) -> None:
