@@ -49,7 +49,7 @@ def open_file(path: str, *, writable: bool = False) -> Iterator[int]:
     """Give a file, open for reading, and for writing too if asked.
 
     :raises DiskNotFound: it is not there.
-    :raises PermissionDenied, StorageError: it cannot be opened.
+    :raises PermissionDenied, StorageError: it cannot be opened; or what was written to it may be lost.
     """
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -58,10 +58,14 @@ def open_file(path: str, *, writable: bool = False) -> Iterator[int]:
         raise exceptions.DiskNotFound(path) from error
     except OSError as error:
         raise exceptions.storage_error(error, path) from error
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(publish.close_quietly, descriptor)
         yield descriptor
-    finally:
+        undo.pop_all()
+    try:
         os.close(descriptor)
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
 
 
 def virtual_size(path: str, disk_format: str) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from imagebackend import exceptions, faults
 
 __all__ = [
+    "close_quietly",
     "commit",
     "create",
     "new_file",
@@ -56,17 +57,11 @@ def new_file(path: str, *, durable: bool, replace: bool = False) -> Iterator[tup
         propagates as it is.
     """
     partial = partial_path(path)
-    with contextlib.ExitStack() as undo:
-        try:
-            descriptor = create(partial)
-        except OSError as error:
-            raise exceptions.storage_error(error, path) from error
-        undo.callback(os.close, descriptor)
-        with contextlib.ExitStack() as discard:
-            discard.callback(remove_quietly, partial)
-            yield descriptor, partial
-            commit(descriptor, partial, path, durable=durable, replace=replace)
-            discard.pop_all()
+    with _created(partial) as descriptor, contextlib.ExitStack() as discard:
+        discard.callback(remove_quietly, partial)
+        yield descriptor, partial
+        commit(descriptor, partial, path, durable=durable, replace=replace)
+        discard.pop_all()
 
 
 @contextlib.contextmanager
@@ -75,14 +70,12 @@ def opened_new(path: str) -> Iterator[int]:
 
     :raises InsufficientSpace, PermissionDenied, StorageError: as the operating system says.
     """
-    try:
-        descriptor = create(path)
-    except OSError as error:
-        raise exceptions.storage_error(error, path) from error
-    try:
+    with _created(path) as descriptor:
         yield descriptor
-    finally:
-        os.close(descriptor)
+        try:
+            _finish(descriptor, durable=False)
+        except OSError as error:
+            raise exceptions.storage_error(error, path) from error
 
 
 @contextlib.contextmanager
@@ -91,7 +84,7 @@ def new_scratch(path: str) -> Iterator[int]:
 
     :raises InsufficientSpace, PermissionDenied, StorageError: as the operating system says; also if the file stays.
     """
-    with opened_new(path) as descriptor, contextlib.ExitStack() as discard:
+    with _created(path) as descriptor, contextlib.ExitStack() as discard:
         discard.callback(remove_quietly, path)
         yield descriptor
         # As large as a disk's data: it must not stay without anybody being told.
@@ -152,11 +145,10 @@ def commit(descriptor: int, partial: str, path: str, *, durable: bool, replace: 
                 if not stat.S_ISREG(there.st_mode):
                     raise exceptions.StorageError(partial, "not a regular file")
                 descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-                stack.callback(os.close, descriptor)
+                stack.callback(close_quietly, descriptor)
             os.fchmod(descriptor, 0o600)
             faults.point("publish.filled")
-            if durable:
-                os.fdatasync(descriptor)
+            _finish(descriptor, durable)
             faults.point("publish.synced")
             os.rename(partial, path)
     except OSError as error:
@@ -186,11 +178,10 @@ def write_file(path: str, content: bytes, *, durable: bool) -> None:
                 while left:
                     left = left[os.write(descriptor, left) :]
                 faults.point("publish.filled")
-                if durable:
-                    os.fdatasync(descriptor)
+                _finish(descriptor, durable)
                 os.rename(partial, path)
             finally:
-                os.close(descriptor)
+                close_quietly(descriptor)
             undo.pop_all()
         faults.point("publish.renamed")
     except OSError as error:
@@ -296,6 +287,33 @@ def remove_quietly(partial: str) -> None:
     """Remove a temporary file as an undo step: the error that led here matters more than what is left."""
     with contextlib.suppress(OSError):
         _remove(partial)
+
+
+def close_quietly(descriptor: int) -> None:
+    """Close a file that was synced or handed over before, or that is thrown away: an error says nothing new."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
+
+
+def _finish(descriptor: int, durable: bool) -> None:
+    """Learn what may have gone wrong with writing a file, while nothing has its name yet."""
+    if durable:
+        os.fdatasync(descriptor)
+    else:
+        # A network file system sends what was written when a descriptor is closed, any of them, and tells then.
+        os.close(os.dup(descriptor))
+
+
+@contextlib.contextmanager
+def _created(path: str) -> Iterator[int]:
+    try:
+        descriptor = create(path)
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+    try:
+        yield descriptor
+    finally:
+        close_quietly(descriptor)
 
 
 def _remove(partial: str) -> None:

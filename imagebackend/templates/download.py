@@ -39,7 +39,7 @@ def opened(path: str, *, resume: bool) -> Iterator[None]:
         yield
     finally:
         # Open until it is synced: an error while writing back is reported to whoever had the file open.
-        os.close(descriptor)
+        publish.close_quietly(descriptor)
         if not os.path.lexists(part.path_for(path)):
             publish.remove_quietly(path)
 

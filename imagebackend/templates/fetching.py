@@ -151,7 +151,7 @@ def open_image(path: str, mode: int = os.O_RDONLY) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        publish.close_quietly(descriptor)
 
 
 def check_size(conf: cfg.ConfigOpts, name: str, virtual_size: int, min_disk: int, size: int | None) -> None:
@@ -243,7 +243,7 @@ def _converted(
         descriptor = publish.create(partial)
     except OSError as error:
         raise exceptions.storage_error(error, partial) from error
-    undo.callback(os.close, descriptor)
+    undo.callback(publish.close_quietly, descriptor)
     undo.callback(publish.remove_quietly, partial)
     value = conversion.to_raw(image, target, verdict, descriptor, partial, folder.conf, request.progress)
     faults.point("template.fetch.converted")
