@@ -90,17 +90,17 @@ class DiskFile:
         """The path of a ploop disk's descriptor."""
         return f"{self.path}/{ploop.NAME}"
 
-    def identity(self) -> tuple[int, ...] | None:
+    def identity(self) -> tuple[tuple[int, ...], ...] | None:
         """Return what changes if the disk's file or its record does; None if one of them is not there."""
         try:
             disk, record = os.lstat(self.path), os.lstat(f"{self.folder}/disk.info")
-            others = [record]
+            parts = [disk, record]
             if stat.S_ISDIR(disk.st_mode):
-                others += [os.lstat(self.descriptor), os.lstat(f"{self.path}/{ploop.ROOT_IMAGE}")]
+                parts += [os.lstat(self.descriptor), os.lstat(f"{self.path}/{ploop.ROOT_IMAGE}")]
         except OSError:
             return None
-        facts = (disk.st_ino, disk.st_mtime_ns, disk.st_ctime_ns, disk.st_size)
-        return (*facts, *(fact for each in others for fact in (each.st_ino, each.st_mtime_ns)))
+        # By the time of change, too: nobody can set that back.
+        return tuple([(each.st_ino, each.st_mtime_ns, each.st_ctime_ns, each.st_size) for each in parts])
 
     def require(self) -> None:
         """Make sure that the disk is there and sound.

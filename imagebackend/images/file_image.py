@@ -38,7 +38,7 @@ _Stored = RawFile | Qcow2File | PloopFolder
 
 # What disks and their records were when they were last looked at, and the path and the format for libvirt that were
 # found, by disk and folder of templates: agents make an Image each time that they describe a disk.
-_SEEN: dict[tuple[str, str], tuple[tuple[int, ...], str, str]] = {}
+_SEEN: dict[tuple[str, str], tuple[tuple[tuple[int, ...], ...], str, str]] = {}
 _MAX_SEEN = 4096
 
 
@@ -268,10 +268,10 @@ class FileImage(Image):
     def _sound(self) -> _Stored:
         """Return what the disk's format makes of it, once nothing remains to be done to it and it may be used."""
         self._file.require()
-        if not self._file.is_settled() or self._stored().is_torn():
-            with self._file.lock():
-                self._settle()
         stored = self._stored()
+        if not self._file.is_settled() or stored.is_torn():
+            with self._file.lock():
+                stored = self._settle()
         stored.check()
         return stored
 

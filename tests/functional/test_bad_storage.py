@@ -171,33 +171,6 @@ def test_a_missing_tool_is_named_with_its_package(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "extract").exists()
 
 
-def test_a_disk_that_was_described_before_is_looked_at_again_when_it_changed(tmp_path: Path) -> None:
-    backend = Backend(configured(tmp_path / "instances", "raw"))
-    image = backend.image("guest", "disk")
-
-    def described() -> str | None:
-        return backend.image("guest", "disk").libvirt_info("virtio", "vda", "disk", "none", {}).driver_format
-
-    with pytest.raises(exceptions.DiskNotFound):
-        described()
-    image.create_from_func(lambda target: os.truncate(target, MIB), MIB)
-    assert described() == "raw"
-    assert described() == "raw"
-
-    image.remove()
-    with pytest.raises(exceptions.DiskNotFound):
-        described()
-    backend.image("guest", "disk", "qcow2").create_from_func(lambda target: os.truncate(target, MIB), MIB)
-    assert described() == "qcow2"
-
-    with open(image.path, "r+b") as file:
-        file.write(b"no longer a header")
-    with pytest.raises(exceptions.ImageUnacceptable):
-        described()
-    with pytest.raises(exceptions.ImageUnacceptable):
-        described()
-
-
 def test_a_damaged_disk_is_marked_and_no_longer_offered(tmp_path: Path) -> None:
     backend = Backend(configured(tmp_path / "instances", "qcow2"))
     image = backend.image("guest", "disk")
