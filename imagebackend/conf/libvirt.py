@@ -70,13 +70,17 @@ I/O, 'writeback' otherwise.
         "images_cpu_time_limit",
         default=30,
         min=1,
-        help="How many seconds of CPU time a tool may use to read the facts of one image.",
+        help="""
+How many seconds of CPU time a tool may use that reads what an image is, and none of its data: qemu-img create and
+resize, of disks that are not preallocated. Most facts need no tool: they are read by this library, in bounded pieces.
+Tools that work on all of an image are bounded by images_tool_timeout.
+""",
     ),
     cfg.IntOpt(
         "images_address_space_limit",
         default=2,
         min=1,
-        help="How many gibibytes of memory a tool that reads an image may use.",
+        help="How many gibibytes of memory (address space) qemu-img may use, whatever it does.",
     ),
     cfg.IntOpt(
         "images_tool_timeout",

@@ -44,10 +44,14 @@ def for_disk(conf: cfg.ConfigOpts, instance: object, disk_name: str) -> DiskFile
     return DiskFile(conf, name, disk_name)
 
 
-def tool_options(conf: cfg.ConfigOpts) -> dict[str, Any]:
-    """Return the deadline and limits for a tool that works on a whole disk, as keyword arguments."""
+def tool_options(conf: cfg.ConfigOpts, *, facts_only: bool = False) -> dict[str, Any]:
+    """Return the deadline and limits for a tool that works on a disk, as keyword arguments.
+
+    :param facts_only: it reads what images are, and none of their data: its work does not grow with them.
+    """
     timeout = conf.libvirt.images_tool_timeout
-    limits = process.Limits(cpu_time=timeout, address_space=conf.libvirt.images_address_space_limit << 30)
+    cpu_time = conf.libvirt.images_cpu_time_limit if facts_only else timeout
+    limits = process.Limits(cpu_time=cpu_time, address_space=conf.libvirt.images_address_space_limit << 30)
     return {"timeout": timeout, "limits": limits}
 
 
@@ -325,8 +329,12 @@ class DiskFile:
             publish.sync_folder(self.folder)
 
     def tool_options(self) -> dict[str, Any]:
-        """Return what :func:`tool_options` does for this disk."""
+        """Return what :func:`tool_options` does for a tool that works on the whole disk."""
         return tool_options(self.conf)
+
+    def layout_options(self, preallocation: str | None) -> dict[str, Any]:
+        """Return the same for a tool that lays out a disk; without ``preallocation`` it takes facts alone."""
+        return tool_options(self.conf, facts_only=preallocation is None)
 
     def remove_file(self) -> None:
         """Remove the disk itself and what killed makers left of it; :meth:`forget` follows."""

@@ -69,7 +69,7 @@ class Qcow2(FileImage):
                         backing_file=template.path,
                         backing_format=template.format,
                         options=options,
-                        **self._file.tool_options(),
+                        **self._file.layout_options(options.get("preallocation")),
                     )
             undo.pop_all()
 

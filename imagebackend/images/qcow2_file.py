@@ -83,8 +83,8 @@ class Qcow2File:
         """Make the disk ``size`` bytes large; allocated, if that is wanted."""
         preallocation = "falloc" if self._conf.preallocate_images == "space" else None
         with self._disk.change("resize"):
-            options = self._disk.tool_options()
-            qemu_img.resize(self._disk.path, "qcow2", size, preallocation=preallocation, **options)
+            limits = self._disk.layout_options(preallocation)
+            qemu_img.resize(self._disk.path, "qcow2", size, preallocation=preallocation, **limits)
 
     def depends(self) -> bool:
         """Return whether the disk depends on a template."""

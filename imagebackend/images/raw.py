@@ -42,4 +42,5 @@ class Raw(FileImage):
                 transfer.set_size(self.conf, descriptor, size, partial)
             elif size > template.virtual_size:
                 preallocation = "falloc" if preallocate else None
-                qemu_img.resize(partial, "qcow2", size, preallocation=preallocation, **self._file.tool_options())
+                limits = self._file.layout_options(preallocation)
+                qemu_img.resize(partial, "qcow2", size, preallocation=preallocation, **limits)
