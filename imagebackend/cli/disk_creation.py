@@ -102,9 +102,8 @@ def create(
     elif content:
         if size is None:
             raise click.UsageError(f"--{content} needs a --size")
-        fill = _filler(session, content, filesystem, os_type, label)
         _refuse_existing(image)
-        image.create_from_func(fill, size)
+        _make_without_template(image, content, size, filesystem, os_type, label)
     else:
         contents = ", ".join(f"--{each}" for each in _CONTENTS)
         raise click.UsageError(f"one of --template, --from, {contents} is needed")
@@ -132,20 +131,14 @@ def _fetch(
     return ShownSource(session, name, url, checksum=checksum, disk_format=claimed).fetch
 
 
-def _filler(
-    session: Session, content: str, filesystem: str | None, os_type: str, label: str | None
-) -> Callable[[str], object]:
-    from imagebackend.storage import mkfs
+def _make_without_template(
+    image: Image, content: str, size: int, filesystem: str | None, os_type: str, label: str | None
+) -> None:
+    from imagebackend.images.ephemeral import create_ephemeral, create_swap
 
-    timeout = session.conf.libvirt.images_tool_timeout
-    if content == "blank":
-        return lambda target: None
-    if content == "swap":
-        return lambda target: mkfs.make_swap(target, label=label, timeout=timeout)
-    chosen = mkfs.filesystem_for(
-        os_type,
-        specified=filesystem,
-        default=session.conf.default_ephemeral_format,
-        commands=mkfs.parse_commands(session.conf.virt_mkfs),
-    )
-    return lambda target: mkfs.make_filesystem(target, chosen, label=label, timeout=timeout)
+    if content == "ephemeral":
+        create_ephemeral(image, size, os_type=os_type, specified_fs=filesystem, fs_label=label)
+    elif content == "swap":
+        create_swap(image, size, label=label)
+    else:
+        image.create_from_func(lambda target: None, size)

@@ -3,34 +3,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from imagebackend import exceptions
-from imagebackend.images.base import Image
 from tests.contract.conftest import MIB, TEMPLATE_SIZE, Store, template_content
-
-
-@contextlib.contextmanager
-def held(store: Store, image: Image) -> Iterator[None]:
-    """Have another process hold the disk as a running guest's QEMU does."""
-    command = ["qemu-io", "-f", *store.qemu(image)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guest:
-        assert guest.stdin is not None
-        assert guest.stdout is not None
-        guest.stdin.write("length\n")
-        guest.stdin.flush()
-        guest.stdout.readline()  # it answers when the disk is open
-        try:
-            yield
-        finally:
-            guest.stdin.close()
-            guest.wait(timeout=30)
+from tests.functional.image_building import held
 
 
 def test_growing_keeps_the_data_and_adds_zeros(store: Store) -> None:
@@ -80,7 +60,7 @@ def test_a_disk_that_a_guest_holds_is_left_alone(store: Store) -> None:
     snapshots = image.capabilities.snapshots
     files = store.files()
 
-    with held(store, image):
+    with held(*store.qemu(image)):
         for work in (
             lambda: image.resize_image(16 * MIB),
             lambda: image.snapshot_extract(str(store.sources / "out")),
@@ -101,7 +81,7 @@ def test_a_disk_that_a_guest_holds_is_left_alone(store: Store) -> None:
 
 
 def test_a_template_whose_disks_are_running_serves_others(store: Store) -> None:
-    with held(store, store.make()):
+    with held(*store.qemu(store.make())):
         other = store.make(disk_name="other")
 
     assert store.content(other)[:TEMPLATE_SIZE] == template_content()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EXECUTABLE", "MIB", "Command", "held"]
+__all__ = ["EXECUTABLE", "MIB", "Command"]
 
 EXECUTABLE = Path(sys.executable).with_name("imagebackend")
 MIB = 1 << 20
@@ -84,20 +84,3 @@ class Command:
             file.write(os.urandom(size // 2))
             file.truncate(size)
         return path
-
-
-@contextlib.contextmanager
-def held(path: str, disk_format: str) -> Iterator[None]:
-    """Have another process hold a disk as a running guest's QEMU does."""
-    command = ["qemu-io", "-f", disk_format, path]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guest:
-        assert guest.stdin is not None
-        assert guest.stdout is not None
-        guest.stdin.write("length\n")
-        guest.stdin.flush()
-        guest.stdout.readline()  # it answers when the disk is open
-        try:
-            yield
-        finally:
-            guest.stdin.close()
-            guest.wait(timeout=30)

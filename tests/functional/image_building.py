@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from imagebackend import process
@@ -23,6 +25,23 @@ def qemu_io(path: Path, *commands: str) -> None:
     said = process.run(["qemu-io", "-f", "qcow2", *words, str(path)], timeout=60).stdout
     assert "rror" not in said
     assert "ailed" not in said
+
+
+@contextlib.contextmanager
+def held(disk_format: str, path: str) -> Iterator[None]:
+    """Have another process hold a disk as a running guest's QEMU does."""
+    command = ["qemu-io", "-f", disk_format, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guest:
+        assert guest.stdin is not None
+        assert guest.stdout is not None
+        guest.stdin.write("length\n")
+        guest.stdin.flush()
+        guest.stdout.readline()  # it answers when the disk is open
+        try:
+            yield
+        finally:
+            guest.stdin.close()
+            guest.wait(timeout=30)
 
 
 def make_disk(path: Path) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.functional import filesystems, web
-from tests.functional.cli_command import EXECUTABLE, MIB, Command, held
+from tests.functional.cli_command import EXECUTABLE, MIB, Command
+from tests.functional.image_building import held
 from tools import private_libvirtd
 from tools.guest_image import ROOT_SAYS, GuestImage
 
@@ -126,6 +127,20 @@ def test_a_disk_is_formatted(command: Command, options: tuple[str, ...], kind: s
     told = subprocess.run(blkid, check=True, capture_output=True, text=True, timeout=30).stdout
     found = dict(line.split("=", 1) for line in told.splitlines())
     assert (found["TYPE"], found["LABEL"], made["size"]) == (kind, "LABEL1", 64 * MIB)
+    assert command.json("template", "list")["templates"] == []
+
+
+@pytest.mark.parametrize(
+    ("option", "template"), [("--ephemeral", "ephemeral_67108864_ext4"), ("--swap", "swap_67108864")]
+)
+def test_formatted_overlays_share_a_template_as_those_of_an_agent_do(
+    command: Command, option: str, template: str
+) -> None:
+    for instance in ("vm1", "vm2"):
+        made = command.json("disk", "create", instance, "disk.x", option, "--size", "64M", "--type", "qcow2")
+        assert (made["template"], made["size"]) == (template, 64 * MIB)
+
+    assert [each["name"] for each in command.json("template", "list")["templates"]] == [template]
 
 
 def test_a_running_guest_sees_its_disk_grow(libvirtd: Path, start_guest, guest: GuestImage, command: Command) -> None:
@@ -168,7 +183,7 @@ def test_a_disk_in_use_is_left_alone(command: Command, disk_format: str) -> None
     made = command.json("disk", "create", "vm1", "disk", "--blank", "--size", "8M", "--type", disk_format)
     before = hashlib.sha256(Path(made["path"]).read_bytes()).digest()
 
-    with held(made["path"], disk_format):
+    with held(disk_format, made["path"]):
         assert command.json("disk", "show", "vm1", "disk")["in_use"] is True
         for words in (("remove", "vm1", "disk"), ("resize", "vm1", "disk", "16M"), ("extract", "vm1", "disk", "out")):
             error = command.json("disk", *words)["error"]

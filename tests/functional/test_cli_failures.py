@@ -14,8 +14,9 @@ import pytest
 
 from imagebackend import locks
 from tests.functional import web
-from tests.functional.cli_command import MIB, Command, held
+from tests.functional.cli_command import MIB, Command
 from tests.functional.hostile_images import HOSTILE_IMAGES, HostileImage
+from tests.functional.image_building import held
 
 #: One of each kind of refusal; all of them are in test_inspection.py.
 HOSTILE = [
@@ -277,7 +278,7 @@ def test_a_template_that_vanished_is_told(command: Command) -> None:
 def test_a_disk_in_use_cannot_be_snapshotted(command: Command) -> None:
     made = command.json("disk", "create", "vm1", "disk", "--blank", "--size", "8M")
 
-    with held(made["path"], "qcow2"):
+    with held("qcow2", made["path"]):
         finished = command.run("disk", "snapshot", "create", "vm1", "disk", "first")
 
     assert finished.returncode == 5
