@@ -31,6 +31,8 @@ Progress = Callable[[int, int], None]
 
 # LVM's names are the shortest (lvm(8): 127 characters), and Nova doubles underscores there.
 _LONGEST_NAME = 120
+# The types of domain that QEMU runs: libvirt has several drivers for their disks, and is to be told which.
+_QEMU = ("kvm", "qemu")
 
 
 @dataclass(frozen=True)
@@ -350,7 +352,7 @@ class Image(abc.ABC):
         :param extra_specs: the flavor's; those that begin with ``quota:disk_`` limit the disk's I/O.
         :param hypervisor_version: accepted for callers of the older interface; nothing depends on it.
         :param boot_order: the place in the boot order, from 1.
-        :param disk_unit: the unit on the SCSI controller.
+        :param disk_unit: the unit on the SCSI controller; nothing depends on it where the bus is another.
         :param serial: the serial number that the guest sees.
         :raises InvalidArgument: a value that libvirt would refuse.
         :raises DiskNotFound: there is no such disk.
@@ -359,7 +361,8 @@ class Image(abc.ABC):
         from imagebackend import guest
 
         disk = guest.LibvirtConfigGuestDisk(source_type=self.source_type, source_device=device_type)
-        disk.driver_name = "qemu"
+        if self.conf.libvirt.virt_type in _QEMU:
+            disk.driver_name = "qemu"
         self._describe_source(disk)
         if cache_mode is None:
             modes = guest.parse_disk_cachemodes(self.conf.libvirt.disk_cachemodes)
@@ -373,7 +376,7 @@ class Image(abc.ABC):
         disk.target_bus = disk_bus
         disk.boot_order = boot_order
         disk.serial = serial
-        if disk_unit is not None:
+        if disk_bus == "scsi" and disk_unit is not None:
             # All units on one virtio-scsi controller, which takes 256 of them.
             disk.device_addr = guest.LibvirtConfigGuestDeviceAddressDrive(controller=0, unit=disk_unit)
         guest.disk_qos(disk, extra_specs)

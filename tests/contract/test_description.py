@@ -47,6 +47,16 @@ def test_libvirt_accepts_the_description(store: Store) -> None:
     assert "unit='3'" in told
 
 
+def test_what_only_some_guests_have_is_said_of_them_alone(store: Store) -> None:
+    image = store.make()
+
+    disk = image.libvirt_info("virtio", "vda", "disk", "none", {}, disk_unit=3)
+    assert (disk.driver_name, disk.device_addr) == ("qemu", None)
+
+    store.conf.set_override("virt_type", "lxc", group="libvirt")
+    assert image.libvirt_info("virtio", "vda", "disk", "none", {}).driver_name is None
+
+
 def test_without_a_cache_mode_the_operator_or_the_storage_decides(store: Store) -> None:
     image = store.make()
 
