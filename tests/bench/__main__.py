@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Sequence
 from typing import NoReturn
 
 from tests.bench import environment, figures, peers, rbd_figures, report
@@ -21,9 +23,7 @@ _LINES_OF_ERROR = 6
 def main() -> int:
     options = _parse()
     signal.signal(signal.SIGTERM, _stop)
-    rows: list[report.Row] = []
-    counted: list[report.CountRow] = []
-    failures: dict[str, str] = {}
+    results = Results()
     load_before = os.getloadavg()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(environment.scratch_folder(options.folder))
@@ -32,29 +32,59 @@ def main() -> int:
         sides = ("own", "nova") if has_nova else ("own",)
         bench = figures.Bench(folder, xfs, options.rounds, options.quick, sides)
         facts = report.machine_facts(folder, xfs)
-        for figure in FIGURES:
-            if options.only and figure.name not in options.only:
-                continue
-            sys.stderr.write(f"{figure.name}: {figure.about}\n")
-            try:
-                found = figure.run(bench, figure.name)
-                rows += [row for row in found if isinstance(row, report.Row)]
-                counted += [row for row in found if isinstance(row, report.CountRow)]
-            except Exception as error:  # the other figures are worth having
-                failures[figure.name] = "\n".join(str(error).splitlines()[-_LINES_OF_ERROR:])
+        wanted = [figure for figure in FIGURES if not options.only or figure.name in options.only]
+        # What was measured is shown even if somebody has waited long enough.
+        with contextlib.suppress(KeyboardInterrupt):
+            results.measure(wanted, bench)
     facts["load"] = f"{_load(load_before)} before, {_load(os.getloadavg())} after; {options.rounds} rounds"
-    sys.stdout.write(_text(facts, rows, counted, failures))
+    sys.stdout.write(_text(facts, results))
     if options.json:
         content = {
             "facts": facts,
-            "figures": [row.as_dict() for row in rows],
-            "counts": [row.as_dict() for row in counted],
-            "failures": failures,
+            "figures": [row.as_dict() for row in results.rows],
+            "counts": [row.as_dict() for row in results.counted],
+            "failures": results.failures,
         }
         with open(options.json, "w") as file:
             json.dump(content, file, indent=1)
             file.write("\n")
-    return 1 if failures else 0
+    return 1 if results.failures else 0
+
+
+class Results:
+    """What was measured.
+
+    :ivar rows, counted: the figures.
+    :ivar failures: by figure, what went wrong.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[report.Row] = []
+        self.counted: list[report.CountRow] = []
+        self.failures: dict[str, str] = {}
+
+    def measure(self, wanted: Sequence[figures.Figure], bench: figures.Bench) -> None:
+        """Measure figures, one after another."""
+        left = [figure.name for figure in wanted]
+        try:
+            for figure in wanted:
+                sys.stderr.write(f"{figure.name}: {figure.about}\n")
+                started = time.monotonic()
+                self._measure(figure, bench)
+                left.remove(figure.name)
+                sys.stderr.write(f"{'':4}{time.monotonic() - started:.0f} s\n")
+        except KeyboardInterrupt:
+            self.failures |= dict.fromkeys(left, "stopped before it was measured")
+            raise
+
+    def _measure(self, figure: figures.Figure, bench: figures.Bench) -> None:
+        try:
+            found = figure.run(bench, figure.name)
+        except Exception as error:  # the other figures are worth having
+            self.failures[figure.name] = "\n".join(str(error).splitlines()[-_LINES_OF_ERROR:])
+            return
+        self.rows += [row for row in found if isinstance(row, report.Row)]
+        self.counted += [row for row in found if isinstance(row, report.CountRow)]
 
 
 def _parse() -> argparse.Namespace:
@@ -76,19 +106,20 @@ def _parse() -> argparse.Namespace:
     return options
 
 
-def _text(
-    facts: dict[str, str], rows: list[report.Row], counted: list[report.CountRow], failures: dict[str, str]
-) -> str:
+def _text(facts: dict[str, str], results: Results) -> str:
     lines = [f"{name + ':':22}{value}" for name, value in facts.items()]
     if "nova" not in facts:
         lines.append("Nova is not installed in .cache/nova: its figures are missing.")
+    rows, counted = results.rows, results.counted
     if rows:
         lines += ["", report.table(rows)]
-    if counted:
-        lines += ["", report.count_table(counted)]
     commands = {f"{side}: {command}" for row in rows for side, command in row.commands.items()}
     lines += ["", *sorted(commands)] if commands else []
-    lines += [f"\n{name} FAILED: {reason}" for name, reason in failures.items()]
+    if counted:
+        lines += ["", report.count_table(counted)]
+    if rows:
+        lines += ["", report.target_table(rows)]
+    lines += [f"\n{name} FAILED: {reason}" for name, reason in results.failures.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -57,9 +57,16 @@ class Bench:
 
     @functools.cached_property
     def template(self) -> str:
-        """The raw disk that templates are copied from."""
+        """The raw disk that templates are copied from where it matters how much data they have."""
         path = f"{self.folder}/template.raw"
         environment.raw_template(path, self.virtual_size, self.data_size)
+        return path
+
+    @functools.cached_property
+    def light_template(self) -> str:
+        """The same with little data, in as many places: it is sooner in each side's cache."""
+        path = f"{self.folder}/light.raw"
+        environment.raw_template(path, self.virtual_size, 64 * _MIB)
         return path
 
     @contextmanager
@@ -74,11 +81,11 @@ class Bench:
             yield workers
 
     @contextmanager
-    def warm_workers(self, images_type: str, place: str) -> Iterator[dict[str, peers.Worker]]:
-        """The same, with the template in each side's cache."""
+    def warm_workers(self, images_type: str, place: str, template: str = "") -> Iterator[dict[str, peers.Worker]]:
+        """The same, with a template in each side's cache: the light one, or another."""
         with self.workers(images_type, place) as workers:
             for worker in workers.values():
-                self.adopt(worker)
+                self.adopt(worker, template or self.light_template)
             yield workers
 
     @contextmanager
@@ -87,12 +94,12 @@ class Bench:
         folder = f"{place}/own-{images_type}-hasty"
         configuration = peers.write_configuration(folder, images_type, durable=False)
         with worker_in("own", configuration, folder) as worker:
-            self.adopt(worker)
+            self.adopt(worker, self.light_template)
             yield worker
 
-    def adopt(self, worker: peers.Worker) -> None:
-        """Put the template into a side's cache."""
-        worker.call("adopt", template=_TEMPLATE, path=self.template, size=self.virtual_size)
+    def adopt(self, worker: peers.Worker, template: str) -> None:
+        """Put a template into a side's cache."""
+        worker.call("adopt", template=_TEMPLATE, path=template, size=self.virtual_size)
 
     def interleave(self, title: str, contenders: Mapping[str, Contender]) -> dict[str, list[Timing]]:
         """Give each contender its turn in each round, another one first each time."""
@@ -167,7 +174,7 @@ def raw_reflink(bench: Bench, figure: str) -> list[Row | CountRow]:
         raise RuntimeError("needs root, to mount an XFS")
     count = 5 if bench.quick else 20
     source = f"{bench.xfs}/source.raw"
-    subprocess.run(["cp", "--sparse=always", bench.template, source], check=True)
+    subprocess.run(["cp", "--sparse=always", bench.light_template, source], check=True)
     commands = {
         _REFLINK: "cp --reflink=always TEMPLATE DISK",
         _REFLINK_SYNC: "the same, then fsync(2) of DISK and folder",
@@ -193,7 +200,7 @@ def raw_reflink(bench: Bench, figure: str) -> list[Row | CountRow]:
 def raw_copy(bench: Bench, figure: str) -> list[Row | CountRow]:
     tool, bare = "cp, fdatasync", "cp"
     kind = subprocess.check_output(["findmnt", "-no", "FSTYPE", "-T", bench.folder], text=True).strip()
-    with bench.warm_workers("raw", bench.folder) as workers:
+    with bench.warm_workers("raw", bench.folder, bench.template) as workers:
         contenders = _creators(bench, workers, 1)
         contenders[tool] = functools.partial(_copy, bench.template, 1, ["cp"], _sync_file)
         contenders[bare] = functools.partial(_copy, bench.template, 1, ["cp"], None)
@@ -347,7 +354,7 @@ def _creators(bench: Bench, workers: dict[str, peers.Worker], count: int, thread
 
 def _qemu_img_create(bench: Bench, count: int) -> Timing:
     disks = [f"{bench.folder}/overlay-{number}" for number in range(count)]
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", bench.template]
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", bench.light_template]
     timing = peers.run_tool([[*command, disk, str(bench.virtual_size)] for disk in disks])
     for disk in disks:
         os.unlink(disk)

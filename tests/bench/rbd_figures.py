@@ -29,13 +29,14 @@ _TOOL = "rbd import"
 class _Pool:
     """A cluster, a pool with a template as an image service would put it there, and one for our own templates."""
 
-    def __init__(self, bench: Bench, cluster: Cluster, service: str, own: str) -> None:
+    def __init__(self, bench: Bench, template: str, cluster: Cluster, service: str, own: str) -> None:
         self.bench = bench
+        self.template = template
         self.cluster = cluster
         self.service = service
         self.own = own
         self.location = f"rbd://{cluster.fsid}/{service}/{_TEMPLATE}/snap"
-        self.rbd("import", "--no-progress", bench.template, f"{service}/{_TEMPLATE}")
+        self.rbd("import", "--no-progress", template, f"{service}/{_TEMPLATE}")
         self.rbd("snap", "create", "--no-progress", f"{service}/{_TEMPLATE}@snap")
         self.rbd("snap", "protect", f"{service}/{_TEMPLATE}@snap")
 
@@ -57,26 +58,26 @@ class _Pool:
                     options = {"images_rbd_pool": pool, "images_rbd_ceph_conf": str(self.cluster.configuration)}
                     configuration = peers.write_configuration(folder, "rbd", libvirt=options)
                     workers[side] = stack.enter_context(worker_in(side, configuration, folder))
-            self.bench.adopt(workers["own"])
+            self.bench.adopt(workers["own"], self.template)
             yield workers
 
 
 @contextmanager
-def _pool(bench: Bench) -> Iterator[_Pool]:
+def _pool(bench: Bench, template: str) -> Iterator[_Pool]:
     with (
         environment.scratch_folder(bench.folder) as folder,
         private_ceph.run(Path(folder)) as cluster,
         cluster.pool() as service,
         cluster.pool() as own,
     ):
-        yield _Pool(bench, cluster, service, own)
+        yield _Pool(bench, template, cluster, service, own)
 
 
 def clones(bench: Bench, figure: str) -> list[Row | CountRow]:
     rows: list[Row | CountRow] = []
     count = 5 if bench.quick else 20
     sizes = {"warm rbd disk": bench.virtual_size, "warm rbd disk that is larger than its template": 4 * _GIB}
-    with _pool(bench) as pool, pool.workers() as workers, _bare(pool) as bare:
+    with _pool(bench, bench.light_template) as pool, pool.workers() as workers, _bare(pool) as bare:
         for (what, size), nova in zip(sizes.items(), (5, 3.5), strict=True):
             # Only the first disk of a size waits for the template to get a snapshot of that size.
             workers["own"].call("cache", template=_TEMPLATE, instances=[f"first-{size}"], size=size)
@@ -95,7 +96,7 @@ def clones(bench: Bench, figure: str) -> list[Row | CountRow]:
 
 def description(bench: Bench, figure: str) -> list[Row | CountRow]:
     times = 20 if bench.quick else 100
-    with _pool(bench) as pool, pool.workers() as workers:
+    with _pool(bench, bench.light_template) as pool, pool.workers() as workers:
         workers["own"].call("cache", template=_TEMPLATE, instances=["described"], size=bench.virtual_size)
         contenders: dict[str, Contender] = {
             name: functools.partial(workers[side].call, "describe", instance="described", times=few, anew=True)
@@ -107,7 +108,7 @@ def description(bench: Bench, figure: str) -> list[Row | CountRow]:
 
 
 def import_of_template(bench: Bench, figure: str) -> list[Row | CountRow]:
-    with _pool(bench) as pool, pool.workers() as workers:
+    with _pool(bench, bench.template) as pool, pool.workers() as workers:
         contenders: dict[str, Contender] = {
             OWN: functools.partial(_import, workers["own"], bench.virtual_size),
             _TOOL: functools.partial(_import_by_tool, pool),
@@ -146,7 +147,7 @@ def _import(worker: peers.Worker, size: int) -> Timing:
 
 def _import_by_tool(pool: _Pool) -> Timing:
     image = f"{pool.service}/{uuid.uuid4()}"
-    timing = peers.run_tool([pool.command("import", "--no-progress", pool.bench.template, image)])
+    timing = peers.run_tool([pool.command("import", "--no-progress", pool.template, image)])
     pool.rbd("rm", "--no-progress", image)
     return timing
 

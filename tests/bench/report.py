@@ -16,7 +16,7 @@ from typing import Any
 from tests.bench import peers
 from tests.counting import Counts
 
-__all__ = ["OWN", "CountRow", "Row", "count_table", "machine_facts", "progress", "table"]
+__all__ = ["OWN", "CountRow", "Row", "count_table", "machine_facts", "progress", "table", "target_table"]
 
 #: How this side is called in the results.
 OWN = "imagebackend"
@@ -116,6 +116,22 @@ def count_table(rows: list[CountRow]) -> str:
         numbers = (c.processes, c.execs, c.threads, c.syncs, c.total, c.bytes_written, c.blocked_locks)
         lines.append((f"{row.title}, {row.side}", *map(str, numbers)))
     return _align(lines)
+
+
+def target_table(rows: list[Row]) -> str:
+    """Return every target with what was measured, one a line, and how many are met."""
+    lines: list[tuple[str, ...]] = [("target", "against", "wanted", "measured", "")]
+    for row in rows:
+        for side in row.values:
+            if row.is_met(side) is None:
+                continue
+            measured = f"{_number(statistics.median(row.values[OWN]))} {row.unit.partition(' ')[0]}"
+            if side != OWN:
+                measured = f"{_number(statistics.median(row.ratios(side)))}x"
+            against = "" if side == OWN else side
+            lines.append((row.title, against, _target(row, side), measured, _VERDICTS[row.is_met(side)]))
+    met = sum(line[-1] == _VERDICTS[True] for line in lines)
+    return f"{_align(lines)}\n{met} of {len(lines) - 1} targets are met"
 
 
 def machine_facts(folder: str, xfs: str | None) -> dict[str, str]:
