@@ -192,7 +192,8 @@ def raw_reflink(bench: Bench, figure: str) -> list[Row | CountRow]:
         not_durable = bench.interleave(without, contenders)
     os.unlink(source)
     return [
-        row(figure, title, "ms a disk", durable, {NOVA: 60, _REFLINK: 3, _REFLINK_SYNC: 1}, commands=commands),
+        # cp leaves a copy that a power cut takes back: it is no measure for one that stays.
+        row(figure, title, "ms a disk", durable, {NOVA: 60, _REFLINK_SYNC: 1}, commands=commands),
         row(figure, without, "ms a disk", not_durable, {_REFLINK: 3}),
     ]
 
