@@ -38,6 +38,7 @@ _DIGEST_SHOWN = 32
 # What librbd needs to lock the image and to know where its data are; clones have the same unless told otherwise.
 _FEATURES = ("layering", "exclusive-lock", "object-map", "fast-diff", "deep-flatten")
 _FIRST_DELAY, _LAST_DELAY = 0.05, 1.0
+_DELAYS_TO_DISCARD = (0.05, 0.1, 0.2, 0.4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +125,9 @@ class RbdTemplates(NativeTemplates):
                 rbd_image.bury(self._pool, found.image)
                 found = None
             if found is None:
-                self._import(template, progress)
                 found = RbdTemplate(template.name, template.virtual_size, template.sha256)
+                if self._import(template, found.snapshot(size), size, progress):
+                    return found
             self._make_snapshot(found, size)
             return found
 
@@ -168,7 +170,7 @@ class RbdTemplates(NativeTemplates):
             if image.startswith(f"partial:{_PREFIX}"):
                 # Whoever is still at it has it open.
                 with contextlib.suppress(exceptions.DiskInUse):
-                    self._pool.remove(image)
+                    self._remove_part(image)
             elif rbd_image.is_zombie(image):
                 rbd_image.bury_zombie(self._pool, self._pool.name, self._pool.namespace, image)
         return sorted({*settled, *(set(there) - set(self._pool.images()))})
@@ -205,8 +207,8 @@ class RbdTemplates(NativeTemplates):
         path = f"{folder}/rbd-template-{names.check_name('template', name)}"
         return locks.hold(path, timeout=self._conf.lock_timeout, transient=True)
 
-    def _import(self, template: Template, progress: Progress | None) -> None:
-        """Fill the template's image, or wait for the host that is at it."""
+    def _import(self, template: Template, snapshot: str, size: int, progress: Progress | None) -> bool:
+        """Fill the template's image and give it a snapshot; return False if another host made it meanwhile."""
         image = f"{_PREFIX}{template.name}"
         partial = f"partial:{image}"
         made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -214,7 +216,7 @@ class RbdTemplates(NativeTemplates):
         del record["path"]
         with self._claim(image, partial, template) as opened:
             if opened is None:
-                return
+                return False
             source = os.open(template.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 rbd_data.write_from(source, opened, progress=progress)
@@ -223,9 +225,12 @@ class RbdTemplates(NativeTemplates):
             faults.point("template.import.filled")
             opened.metadata_set(rbd_image.RECORD, json.dumps(record))
             faults.point("template.import.recorded")
+            # Before it is renamed: an image with snapshots cannot be removed by a host that still takes it for a part.
+            _add_snapshot(opened, snapshot, size)
             self._pool.rename(partial, image)
             faults.point("template.import.renamed")
         LOG.info("template %s imported into pool %s: %d bytes", template.name, self._pool.name, template.virtual_size)
+        return True
 
     @contextlib.contextmanager
     def _claim(self, image: str, partial: str, template: Template) -> Iterator[Any]:
@@ -243,7 +248,7 @@ class RbdTemplates(NativeTemplates):
                 except (exceptions.DiskExists, exceptions.DiskInUse, exceptions.DiskNotFound):
                     # Another host has it, or had it and was killed: then it can be removed.
                     with contextlib.suppress(exceptions.DiskInUse):
-                        self._pool.remove(partial)
+                        self._remove_part(partial)
                         continue
                 else:
                     faults.point("template.import.locked")
@@ -255,6 +260,8 @@ class RbdTemplates(NativeTemplates):
                             discard.pop_all()
                             return
             next(waits)
+        # Whoever had it may have found it open here, and left it.
+        self._discard(contextlib.ExitStack(), partial)
         yield None
 
     def _waits(self, image: str) -> Iterator[None]:
@@ -280,35 +287,47 @@ class RbdTemplates(NativeTemplates):
             yield opened
 
     def _discard(self, opened: contextlib.ExitStack, partial: str) -> None:
-        # The error that led here matters more; the next import removes it.
+        """Remove a part of a template that nobody needs any more; the sweep, or another import, removes what stays."""
         try:
             opened.close()
-            self._pool.remove(partial)
+            for delay in _DELAYS_TO_DISCARD:
+                with contextlib.suppress(exceptions.DiskInUse):
+                    self._remove_part(partial)
+                    return
+                # Other hosts look at it for a moment, to find out whether its maker is alive.
+                time.sleep(delay)
+            self._remove_part(partial)
         except exceptions.ImageBackendError as error:
             LOG.warning("a part of a template is left in %s: %s", self._pool.spec(partial), error)
 
+    def _remove_part(self, partial: str) -> None:
+        """Remove a part of a template whose maker was killed.
+
+        :raises DiskInUse: he was not; or another host has the same in mind.
+        """
+        with contextlib.suppress(exceptions.DiskNotFound):
+            rbd_image.remove(self._pool, partial)
+
     def _make_snapshot(self, template: RbdTemplate, size: int) -> None:
+        if size < template.virtual_size:
+            raise exceptions.DiskTooSmall(template.name, size, template.virtual_size, "the template's virtual size")
         waits = self._waits(template.image)
         while True:
             try:
-                self._add_snapshot(template, size)
+                with self._locked(template.image) as image:
+                    _add_snapshot(image, template.snapshot(size), size)
                 return
             except exceptions.DiskInUse:
                 # Another host has just imported it, or is making a snapshot of another size.
                 next(waits)
 
-    def _add_snapshot(self, template: RbdTemplate, size: int) -> None:
-        name = template.snapshot(size)
-        with self._locked(template.image) as image:
-            sizes = {each["name"]: each["size"] for each in image.list_snaps()}
-            if name not in sizes:
-                if size < template.virtual_size:
-                    raise exceptions.DiskTooSmall(
-                        template.name, size, template.virtual_size, "the template's virtual size"
-                    )
-                image.resize(size)
-                image.create_snap(name)
-                faults.point("template.import.snapshot")
-            if not image.is_protected_snap(name):
-                image.protect_snap(name)
-                faults.point("template.import.protected")
+
+def _add_snapshot(image: Any, name: str, size: int) -> None:
+    """Give an open template a protected snapshot of ``size`` bytes, if it has none of that name."""
+    if name not in {each["name"] for each in image.list_snaps()}:
+        image.resize(size)
+        image.create_snap(name)
+        faults.point("template.import.snapshot")
+    if not image.is_protected_snap(name):
+        image.protect_snap(name)
+        faults.point("template.import.protected")
