@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pool of a Ceph cluster, through librados and librbd: one connection a process, and typed errors.
-
-The distribution's modules ``rados`` and ``rbd`` (Debian: python3-rados, python3-rbd) are imported when the first
-connection is made. librados does not survive a fork: a child makes a connection of its own.
+"""A pool of a Ceph cluster, through librados and librbd, with typed errors.
 
 Sources: https://docs.ceph.com/en/latest/rados/api/python/ and https://docs.ceph.com/en/latest/rbd/api/librbdpy/; for
 :meth:`Pool.image_id`, :meth:`Pool.metadata` and :meth:`Pool.size` the methods ``get_id``, ``metadata_get`` and
@@ -11,21 +8,19 @@ Sources: https://docs.ceph.com/en/latest/rados/api/python/ and https://docs.ceph
 
 from __future__ import annotations
 
-import atexit
-import concurrent.futures
 import contextlib
-import errno
 import json
 import logging
-import os
 import struct
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
 from imagebackend import exceptions
+from imagebackend.storage import ceph_connection
+from imagebackend.storage.ceph_connection import Settings, import_rados, import_rbd
 
 __all__ = ["Layout", "Pool", "Settings", "Watcher"]
 
@@ -38,25 +33,7 @@ _LARGEST = 64 << 10
 _NO_SNAPSHOT = struct.pack("<q", -2)
 # Monitors come and go over days, and a client that knows one of them finds the others.
 _MONITORS_VALID = 30.0
-_BROKEN = (errno.ESHUTDOWN, errno.ENOTCONN)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to reach a cluster.
-
-    :ivar conf_file: path of ceph.conf; empty: Ceph's own places.
-    :ivar user: without ``client.``; None: ``admin``, as Ceph has it.
-    :ivar connect_timeout: seconds.
-    :ivar operation_timeout: seconds that one request to a monitor or OSD may take; 0: no limit.
-    :ivar clone_format: ``auto``, ``1`` or ``2``.
-    """
-
-    conf_file: str
-    user: str | None
-    connect_timeout: int
-    operation_timeout: int
-    clone_format: str
+_REQUESTS_TO_CLOSE = 4
 
 
 @dataclass(frozen=True)
@@ -85,21 +62,6 @@ class Watcher:
     client: int
 
 
-@dataclass
-class _Cluster:
-    """A connection and what was asked over it."""
-
-    rados: Any
-    contexts: dict[tuple[str, str], Any] = field(default_factory=dict)
-    monitors: tuple[tuple[str, int], ...] = ()
-    epoch: int = 0
-    asked: float = 0.0
-
-
-_lock = threading.Lock()
-_clusters: dict[Settings, _Cluster] = {}
-
-
 class Pool:
     """A pool, or a namespace in one. Making the object does no I/O; threads may share it.
 
@@ -126,7 +88,7 @@ class Pool:
     def fsid(self) -> str:
         """Return the cluster's id."""
         with self.errors(self.name):
-            fsid: str = self._cluster().rados.get_fsid()
+            fsid: str = ceph_connection.cluster(self.settings).rados.get_fsid()
             return fsid
 
     def monitors(self) -> tuple[tuple[str, int], ...]:
@@ -135,13 +97,14 @@ class Pool:
         They are asked for at most every 30 seconds, and looked at again only if their map has another epoch.
         """
         with self.errors("monitors"):
-            cluster = self._cluster()
+            cluster = ceph_connection.cluster(self.settings)
             now = time.monotonic()
             if not cluster.monitors or now - cluster.asked > _MONITORS_VALID:
                 asked = json.dumps({"prefix": "mon dump", "format": "json"})
                 result, answer, reason = cluster.rados.mon_command(asked, b"")
                 if result:
-                    self._fail(OSError(-result, reason), "mon dump")
+                    failure = OSError(-result, reason)
+                    raise ceph_connection.translated(failure, "monitors", self.settings) from failure
                 found = json.loads(answer)
                 if found["epoch"] != cluster.epoch:
                     cluster.monitors = tuple(_address(monitor) for monitor in found["mons"])
@@ -175,7 +138,7 @@ class Pool:
     def images(self) -> list[str]:
         """Return the names of all images, sorted."""
         with self.errors(self.name):
-            return sorted(_rbd().RBD().list(self._context()))
+            return sorted(import_rbd().RBD().list(self._context()))
 
     @contextlib.contextmanager
     def open(self, image: str, *, read_only: bool = False, snapshot: str | None = None) -> Iterator[Any]:
@@ -185,11 +148,12 @@ class Pool:
         :raises DiskInUse: another client holds it.
         """
         with self.errors(image):
-            opened = _rbd().Image(self._context(), image, snapshot=snapshot, read_only=read_only)
-            try:
+            opened = import_rbd().Image(self._context(), image, snapshot=snapshot, read_only=read_only)
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._close_quietly, opened, image)
                 yield opened
-            finally:
-                opened.close()
+                undo.pop_all()
+            self._close(opened, image)
 
     def create(self, image: str, size: int, layout: Layout) -> None:
         """Make an empty image.
@@ -198,7 +162,7 @@ class Pool:
         :raises DiskExists: there is one of that name.
         """
         with self.errors(image):
-            _rbd().RBD().create(self._context(), image, size, old_format=False, **_options(layout))
+            import_rbd().RBD().create(self._context(), image, size, old_format=False, **_options(layout))
 
     def clone(self, parent: Pool, image: str, snapshot: str, clone: str, layout: Layout) -> None:
         """Make an image from a snapshot; it has the snapshot's size and the parent's metadata.
@@ -211,7 +175,7 @@ class Pool:
         """
         with self.errors(clone):
             source = parent._context()
-            _rbd().RBD().clone(source, image, snapshot, self._context(), clone, **_options(layout))
+            import_rbd().RBD().clone(source, image, snapshot, self._context(), clone, **_options(layout))
 
     def rename(self, image: str, name: str) -> None:
         """Rename an image in one step.
@@ -220,7 +184,7 @@ class Pool:
         :raises DiskExists: there is one of the other.
         """
         with self.errors(image):
-            _rbd().RBD().rename(self._context(), image, name)
+            import_rbd().RBD().rename(self._context(), image, name)
 
     def remove(self, image: str, *, trash_delay: int | None = None) -> None:
         """Remove an image that has no snapshots; do nothing if it is not there.
@@ -231,9 +195,9 @@ class Pool:
         try:
             with self.errors(image):
                 if trash_delay is None:
-                    _rbd().RBD().remove(self._context(), image)
+                    import_rbd().RBD().remove(self._context(), image)
                 else:
-                    _rbd().RBD().trash_move(self._context(), image, trash_delay)
+                    import_rbd().RBD().trash_move(self._context(), image, trash_delay)
         except exceptions.DiskNotFound as error:
             # librbd moves an image to the trash first, and says so too when a full pool has no room for that.
             if self.image_id(image) is not None:
@@ -250,7 +214,7 @@ class Pool:
 
     def intents(self) -> dict[str, str]:
         """Return every intent on record, by image."""
-        rados = _rados()
+        rados = import_rados()
         intents: dict[str, str] = {}
         last = ""
         with self.errors(_INTENTS):
@@ -265,14 +229,14 @@ class Pool:
 
     def intent(self, image: str) -> str | None:
         """Return what is being done to an image, None if nothing: one request."""
-        rados = _rados()
+        rados = import_rados()
         with self.errors(_INTENTS), rados.ReadOpCtx() as operation:
             found, _ = self._context().get_omap_vals_by_keys(operation, (image,))
             return self._read_intents(operation, found).get(image)
 
     def set_intent(self, image: str, intent: str) -> None:
         """Record what is about to be done to an image, for whoever finds it half done."""
-        rados = _rados()
+        rados = import_rados()
         with self.errors(_INTENTS), rados.WriteOpCtx() as operation:
             context = self._context()
             context.set_omap(operation, (image,), (intent.encode(),))
@@ -280,7 +244,7 @@ class Pool:
 
     def clear_intent(self, image: str) -> None:
         """Drop the intent on an image: it was carried out, or undone."""
-        rados = _rados()
+        rados = import_rados()
         with self.errors(_INTENTS), rados.WriteOpCtx() as operation:
             context = self._context()
             context.remove_omap_keys(operation, (image,))
@@ -297,21 +261,33 @@ class Pool:
         except Exception as error:
             if type(error).__module__ not in ("rados", "rbd"):
                 raise
-            self._fail(error, self.spec(image))
+            raise ceph_connection.translated(error, self.spec(image), self.settings) from error
 
-    def _fail(self, error: Exception, name: str) -> NoReturn:
-        number = abs(getattr(error, "errno", None) or 0)
-        if number in _BROKEN:
-            with _lock:
-                _clusters.pop(self.settings, None)
-        raise _translated(error, number, name, self.settings) from error
+    def _close(self, opened: Any, image: str) -> None:
+        """Close an image, but do not wait for ever for OSDs that do not answer, as librbd does."""
+        done = threading.Event()
+        completion = opened.aio_close(lambda _completion: done.set())
+        # It takes several requests, each of which may take its time.
+        seconds = _REQUESTS_TO_CLOSE * self.settings.operation_timeout
+        if not done.wait(seconds or None):
+            ceph_connection.abandon(self.settings, opened)
+            raise exceptions.StorageTimeout(self.spec(image), seconds)
+        ceph_connection.finish(completion)
+
+    def _close_quietly(self, opened: Any, image: str) -> None:
+        # The error that led here matters more.
+        try:
+            with self.errors(image):
+                self._close(opened, image)
+        except exceptions.ImageBackendError as error:
+            LOG.debug("closing after an error: %s", error)
 
     def _ask(self, image: str, target: str, method: str, argument: bytes) -> bytes | None:
         """Call a method of the object class rbd; None: there is no such thing."""
         with self.errors(image):
             try:
                 _, answer = self._context().execute(target, "rbd", method, argument, _LARGEST)
-            except _rados().ObjectNotFound:
+            except import_rados().ObjectNotFound:
                 return None
         encoded: bytes = answer
         return encoded
@@ -319,18 +295,18 @@ class Pool:
     def _read_intents(self, operation: Any, found: Any) -> dict[str, str]:
         try:
             self._context().operate_read_op(operation, _INTENTS)
-        except _rados().ObjectNotFound:
+        except import_rados().ObjectNotFound:
             return {}
         return {key: value.decode("utf-8", "replace") for key, value in found}
 
     def _context(self) -> Any:
-        cluster = self._cluster()
+        cluster = ceph_connection.cluster(self.settings)
         key = (self.name, self.namespace)
         context = cluster.contexts.get(key)
         if context is None:
             try:
                 context = cluster.rados.open_ioctx(self.name)
-            except _rados().ObjectNotFound as error:
+            except import_rados().ObjectNotFound as error:
                 reason = (
                     f"the cluster has no pool {self.name!r}; make it with 'ceph osd pool create' and 'rbd pool init'"
                 )
@@ -342,70 +318,11 @@ class Pool:
             cluster.contexts[key] = context
         return context
 
-    def _cluster(self) -> _Cluster:
-        cluster = _clusters.get(self.settings)
-        if cluster is None:
-            with _lock:
-                cluster = _clusters.get(self.settings)
-                if cluster is None:
-                    cluster = _clusters[self.settings] = _Cluster(_connect(self.settings))
-        return cluster
-
-
-def _connect(settings: Settings) -> Any:
-    rados = _rados()
-    timeout = settings.operation_timeout
-    options = {"rados_mon_op_timeout": str(timeout), "rados_osd_op_timeout": str(timeout)}
-    if settings.connect_timeout > 0:
-        # The binding's connect() ignores its argument of that name.
-        options["client_mount_timeout"] = str(settings.connect_timeout)
-    if settings.clone_format != "auto":
-        options["rbd_default_clone_format"] = settings.clone_format
-    where = settings.conf_file or rados.Rados.DEFAULT_CONF_FILES
-    try:
-        connection = rados.Rados(rados_id=settings.user, conffile=where, conf=options)
-    except rados.Error as error:
-        reason = f"{settings.conf_file or '/etc/ceph/ceph.conf'} cannot be read: {error}"
-        raise exceptions.InvalidConfiguration("[libvirt] images_rbd_ceph_conf", reason) from error
-    try:
-        # A client's address in the cluster is a random number, of a generator that each thread seeds by itself:
-        # processes that are forked from one would all draw the same, and be cut off together with one of them.
-        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
-            thread.submit(connection.connect).result()
-    except rados.ObjectNotFound as error:
-        reason = f"no key of client.{settings.user or 'admin'} is in the keyrings that ceph.conf names"
-        raise exceptions.InvalidConfiguration("[libvirt] rbd_user", reason) from error
-    except rados.TimedOut as error:
-        raise exceptions.StorageTimeout("connecting to the monitors", settings.connect_timeout) from error
-    except rados.Error as error:
-        number = abs(getattr(error, "errno", None) or 0)
-        raise _translated(error, number, f"client.{settings.user or 'admin'}", settings) from error
-    LOG.debug("connected to Ceph cluster %s", connection.get_fsid())
-    return connection
-
-
-def _translated(error: Exception, number: int, name: str, settings: Settings) -> exceptions.ImageBackendError:
-    match number:
-        case errno.ENOENT:
-            return exceptions.DiskNotFound(name)
-        case errno.EEXIST:
-            return exceptions.DiskExists(name)
-        case errno.EBUSY | errno.EROFS:
-            return exceptions.DiskInUse(name, "another client has it open, or holds its lock; stop the guest first")
-        case errno.EPERM | errno.EACCES:
-            reason = "the cluster denies it; give the user 'profile rbd' on this pool ('ceph auth caps')"
-            return exceptions.PermissionDenied(name, number, reason)
-        case errno.ENOSPC | errno.EDQUOT:
-            return exceptions.InsufficientSpace(name, reason="the pool is full, or over its quota")
-        case errno.ETIMEDOUT:
-            return exceptions.StorageTimeout(name, settings.operation_timeout)
-    return exceptions.StorageError(name, str(error), number or None)
-
 
 def _options(layout: Layout) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if layout.features:
-        options["features"] = _rbd().RBD().features_from_string(",".join(layout.features))
+        options["features"] = import_rbd().RBD().features_from_string(",".join(layout.features))
     if layout.object_size:
         options["order"] = layout.object_size.bit_length() - 1
     if layout.data_pool:
@@ -423,46 +340,3 @@ def _address(monitor: dict[str, Any]) -> tuple[str, int]:
 def _string(answer: bytes) -> str:
     (length,) = struct.unpack_from("<I", answer)
     return answer[4 : 4 + length].decode("utf-8", "replace")
-
-
-def _rados() -> Any:
-    try:
-        import rados
-    except ImportError as error:
-        raise _missing("rados") from error
-    return rados
-
-
-def _rbd() -> Any:
-    try:
-        import rbd
-    except ImportError as error:
-        raise _missing("rbd") from error
-    return rbd
-
-
-def _missing(module: str) -> exceptions.Unsupported:
-    reason = f"Python's module {module!r} is missing; install the distribution's package python3-{module}"
-    return exceptions.Unsupported("a disk in Ceph", reason)
-
-
-def _abandon() -> None:
-    """In a child, leave the parent's connections alone: taking them down would wait for threads that are not there."""
-    global _lock, _clusters
-    import ctypes
-
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_clusters))
-    _lock, _clusters = threading.Lock(), {}
-
-
-def _disconnect() -> None:
-    """Take the connections down while Python can still answer their threads."""
-    for cluster in list(_clusters.values()):
-        for context in cluster.contexts.values():
-            context.close()
-        cluster.rados.shutdown()
-    _clusters.clear()
-
-
-os.register_at_fork(after_in_child=_abandon)
-atexit.register(_disconnect)

@@ -15,6 +15,7 @@ from typing import Any
 
 from imagebackend import exceptions
 from imagebackend.storage import reflink, sparse_copy
+from imagebackend.storage.ceph_connection import finish
 
 __all__ = ["Progress", "allocated", "flatten", "read_into", "write_from"]
 
@@ -42,10 +43,10 @@ def write_from(source: int, image: Any, *, progress: Progress | None = None) -> 
                 raise exceptions.StorageError(f"descriptor {source}", "became shorter while it was read")
             pieces.append(image.aio_write(data, start, _ignore))
             if len(pieces) == _DEPTH:
-                _finish(pieces.popleft())
+                finish(pieces.popleft())
                 _tell(progress, start, size)
         while pieces:
-            _finish(pieces.popleft())
+            finish(pieces.popleft())
     image.flush()
     _tell(progress, size, size)
 
@@ -73,11 +74,11 @@ def read_into(image: Any, target: int, *, progress: Progress | None = None) -> N
         for start, length in _pieces(found):
             pieces.append(image.aio_read(start, length, _keep(arrived, start)))
             if len(pieces) == _DEPTH:
-                _finish(pieces.popleft())
+                finish(pieces.popleft())
                 _store(arrived, target)
                 _tell(progress, start, size)
         while pieces:
-            _finish(pieces.popleft())
+            finish(pieces.popleft())
         _store(arrived, target)
     _tell(progress, size, size)
 
@@ -126,15 +127,6 @@ def _in_flight() -> Iterator[deque[Any]]:
     finally:
         for piece in pieces:
             piece.wait_for_complete_and_cb()
-
-
-def _finish(piece: Any) -> None:
-    piece.wait_for_complete_and_cb()
-    result = piece.get_return_value()
-    if result < 0:
-        import rbd
-
-        raise rbd.OSError("request to an OSD failed", errno=-result)
 
 
 def _ignore(completion: Any) -> None:

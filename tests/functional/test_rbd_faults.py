@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from imagebackend import exceptions
 from imagebackend.images.rbd import Rbd
+from imagebackend.storage import ceph as storage
 from tests.functional.ceph import Contents, rbd_backend, read
 from tools import deadline, private_ceph
 from tools.private_ceph import Cluster
@@ -169,6 +171,80 @@ def test_an_osd_that_stays_away_is_an_error_in_time_and_nothing_is_left(
         second.cache(template.fetch, "template", SIZE)
         assert read(second, tmp_path / "copy")[: len(template.content)] == template.content
         assert images(own_ceph, pool) == ["first_disk", "second_disk", "template:template"]
+
+
+def test_a_flatten_whose_osd_stays_away_ends_in_time_and_can_be_done_again(
+    own_ceph: Cluster, template: Contents, tmp_path: Path
+) -> None:
+    with own_ceph.pool() as pool, contextlib.ExitStack() as stack:
+        options = {"rbd_operation_timeout": 1, "images_rbd_object_size": 65536}
+        image = rbd_backend(own_ceph, pool, tmp_path / "instances", **options).image("guest", "disk")
+        image.cache(template.fetch, "template", SIZE)
+
+        with pytest.raises(exceptions.StorageTimeout):
+            image.flatten(progress=once(lambda: stack.enter_context(own_ceph.paused("osd.0"))))
+        stack.close()
+
+        assert read(image, tmp_path / "copy")[: len(template.content)] == template.content
+        image.flatten()
+        assert read(image, tmp_path / "copy")[: len(template.content)] == template.content
+        assert images(own_ceph, pool) == ["guest_disk", "template:template"]
+
+
+def test_an_image_that_cannot_be_closed_is_left_alone_with_its_connection(
+    own_ceph: Cluster, template: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """librbd waits for ever at times, as after a flatten that failed; here it is given less time than it needs."""
+    with own_ceph.pool() as pool:
+        options = {
+            "rbd_operation_timeout": 1,
+            "rbd_destroy_volume_retries": 60,
+            "rbd_destroy_volume_retry_interval": 1,
+        }
+        image = rbd_backend(own_ceph, pool, tmp_path / "instances", **options).image("guest", "disk")
+        image.cache(template.fetch, "template", SIZE)
+        assert isinstance(image, Rbd)
+        monkeypatch.setattr(storage, "_REQUESTS_TO_CLOSE", 0.5)
+
+        def pause(stack: contextlib.ExitStack) -> None:
+            with image.pool.open("guest_disk") as opened:
+                opened.write(b"x" * 512, 0)
+                stack.enter_context(own_ceph.paused("osd.0"))
+
+        with contextlib.ExitStack() as stack, pytest.raises(exceptions.StorageTimeout):
+            pause(stack)
+        monkeypatch.undo()
+
+        assert image.get_disk_size(image.path) == SIZE
+        # The image is closed now that the OSD is back.
+        image.remove()
+        assert images(own_ceph, pool) == ["template:template"]
+
+
+def test_a_client_that_the_cluster_has_cut_off_connects_again(
+    ceph: Cluster, rbd_pool: str, template: Contents, tmp_path: Path
+) -> None:
+    image = rbd_backend(ceph, rbd_pool, tmp_path / "instances").image("guest", "disk")
+    image.cache(template.fetch, "template", SIZE)
+    assert isinstance(image, Rbd)
+    with image.pool.open("guest_disk"):
+        (watcher,) = image.pool.watchers("guest_disk")
+    with ceph.connect() as connection:
+        connection.blocklist_add(watcher.address, 3600)
+        connection.wait_for_latest_osdmap()
+
+    def is_cut_off() -> bool:
+        try:
+            image.exists()
+        except exceptions.StorageError:
+            return True
+        return False
+
+    deadline.wait_for(is_cut_off, seconds=30, what="end of the connection")
+    assert image.exists()
+    image.resize_image(2 * SIZE)
+    image.remove()
+    assert images(ceph, rbd_pool) == ["template:template"]
 
 
 def test_a_pool_that_is_not_there_is_named(ceph: Cluster, template: Contents, tmp_path: Path) -> None:
