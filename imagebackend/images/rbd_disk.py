@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -44,6 +45,8 @@ class RbdDisk:
         self.name = name = name or rbd_location.image_name(instance, disk)
         self.owner = Owner(instance, disk, conf.host, rbd_location.format_path(pool, name))
         self.spec = pool.spec(name)
+        # The intent of this process that is on record.
+        self._begun = ""
         self._partial = f"partial:{name}"
         self._outgoing = f"outgoing:{name}"
         #: Where content is put together, on this host, that then becomes the disk.
@@ -81,27 +84,15 @@ class RbdDisk:
         return bool(self._intent().get("host") == self.conf.host)
 
     def settle(self) -> None:
-        """Finish, or undo, what was cut short; the caller holds the lock."""
-        intent = self._intent()
-        match intent.get("operation"):
-            case None:
-                return
-            case "clone":
-                self.pool.remove(self.name)
-            case "fill":
-                self.pool.remove(self._partial)
-                publish.remove_file(self.scratch)
-            case "replace":
-                self._replace()
-                publish.remove_file(self.scratch)
-            case "rollback":
-                with self.pool.open(self.name) as image:
-                    image.rollback_to_snap(intent["snapshot"])
-            case "remove":
-                rbd_image.bury(self.pool, self.name, self.conf.libvirt.images_rbd_trash_delay)
-            case other:
-                raise exceptions.CorruptRecord(self.spec, f"intent {other!r} is not known to this release")
-        self.pool.clear_intent(self.name)
+        """Finish, or undo, what was cut short; the caller holds the lock.
+
+        :raises DiskInUse: another host does so at the same moment.
+        """
+        self._begun = self.pool.intent(self.name) or ""
+        if self._begun:
+            # On other hosts, nobody else has the lock: whoever is still at it there finds that it was taken from him.
+            self._intend(**self._parse(self._begun))
+            self._carry_out()
 
     def record(self) -> dict[str, Any]:
         """Return what is on record about the disk; nothing for one that another program made.
@@ -155,7 +146,7 @@ class RbdDisk:
             try:
                 self.pool.clone(parent, image, snapshot, self.name, layout)
             except exceptions.DiskExists:
-                self.pool.clear_intent(self.name)
+                self._end()
                 raise
             faults.point("disk.create.cloned")
 
@@ -180,13 +171,9 @@ class RbdDisk:
                 yield image
                 image.metadata_set(rbd_image.RECORD, json.dumps({"version": 1, **record}))
             faults.point("disk.create.filled")
-            if self.pool.image_id(self.name) is None:
-                self.pool.rename(self._partial, self.name)
-                faults.point("disk.create.renamed")
-            else:
-                self._intend("replace")
-                faults.point("disk.import.intended")
-                self._replace()
+            self._intend(operation="replace", image_id=self.pool.image_id(self._partial))
+            faults.point("disk.create.publishing")
+            self._carry_out()
 
     def create_snapshot(self, name: str, *, protect: bool = False) -> None:
         """Make a snapshot, which may then be cloned if it is protected.
@@ -206,12 +193,9 @@ class RbdDisk:
 
     def roll_back(self, snapshot: str) -> None:
         """Make the disk what it was when the snapshot was made. librbd's way of doing it can be cut short."""
-        self._intend("rollback", snapshot=snapshot)
+        self._intend(operation="rollback", snapshot=snapshot)
         faults.point("disk.rollback.intended")
-        with self.pool.open(self.name) as image:
-            image.rollback_to_snap(snapshot)
-        faults.point("disk.rollback.changed")
-        self.pool.clear_intent(self.name)
+        self._carry_out()
 
     def refuse_in_use(self) -> None:
         """Make sure that no guest, and no tool, has the disk open for writing.
@@ -242,29 +226,71 @@ class RbdDisk:
                 if not left:
                     raise
             time.sleep(self.conf.libvirt.rbd_destroy_volume_retry_interval)
-        self._intend("remove")
+        self._intend(operation="remove")
         faults.point("disk.remove.intended")
-        self.settle()
+        self._carry_out()
 
     @contextlib.contextmanager
     def _intended(self, operation: str) -> Iterator[None]:
         """Do something to a disk that is not there yet in the block; undo it if it fails."""
-        self._intend(operation)
+        self._intend(operation=operation)
         faults.point(f"disk.create.{operation}_intended")
         with contextlib.ExitStack() as undo:
-            undo.callback(self._settle_quietly)
-            yield
-            self.pool.clear_intent(self.name)
+            undo.callback(self._undo_quietly)
+            try:
+                yield
+            except exceptions.TimedOut:
+                raise
+            except (exceptions.NotFound, exceptions.StorageError) as error:
+                # Whoever takes the disk over removes what is being made here.
+                if self.pool.intent(self.name) != self._begun:
+                    raise exceptions.DiskInUse(self.spec, "another host has taken it over") from error
+                raise
+            if self._begun:
+                self._end()
             undo.pop_all()
 
-    def _replace(self) -> None:
-        if self.pool.image_id(self._partial) is not None:
-            if self.pool.image_id(self.name) is not None:
-                self.pool.rename(self.name, self._outgoing)
-                faults.point("disk.import.moved")
-            self.pool.rename(self._partial, self.name)
-            faults.point("disk.import.renamed")
-        rbd_image.bury(self.pool, self._outgoing, self.conf.libvirt.images_rbd_trash_delay)
+    def _carry_out(self) -> None:
+        """Do what the intent on record, which is this process's, says."""
+        intent = self._parse(self._begun)
+        match intent.get("operation"):
+            case "clone":
+                self.pool.remove(self.name)
+            case "fill":
+                self.pool.remove(self._partial)
+                publish.remove_file(self.scratch)
+            case "replace":
+                self._replace(intent["image_id"])
+                publish.remove_file(self.scratch)
+            case "rollback":
+                with self.pool.open(self.name) as image:
+                    image.rollback_to_snap(intent["snapshot"])
+                faults.point("disk.rollback.changed")
+            case "remove":
+                rbd_image.bury(self.pool, self.name, self.conf.libvirt.images_rbd_trash_delay)
+            case other:
+                raise exceptions.CorruptRecord(self.spec, f"intent {other!r} is not known to this release")
+        self._end()
+
+    def _replace(self, image_id: str) -> None:
+        """Give an image the disk's name, and remove the one that had it before.
+
+        Images are told apart by their ids, since another host may have taken over and be at the same.
+        """
+        while self.pool.image_id(self.name) != image_id:
+            places = {self.pool.image_id(place): place for place in (self._outgoing, self._partial)}
+            if places.get(image_id) == self._partial:
+                with contextlib.suppress(exceptions.DiskNotFound):  # a new disk
+                    self.pool.rename(self.name, self._outgoing)
+                    faults.point("disk.import.moved")
+            # If it is gone, what had the name before gets it back.
+            with contextlib.suppress(exceptions.DiskNotFound, exceptions.DiskExists):
+                self.pool.rename(places.get(image_id, self._outgoing), self.name)
+            faults.point("disk.create.renamed")
+            if image_id not in places:
+                break
+        if self.pool.image_id(self._outgoing) not in (None, image_id):
+            rbd_image.bury(self.pool, self._outgoing, self.conf.libvirt.images_rbd_trash_delay)
 
     def _image_id(self) -> str:
         image_id = self.pool.image_id(self.name)
@@ -275,17 +301,27 @@ class RbdDisk:
     def _recorded(self, image_id: str) -> dict[str, Any]:
         return rbd_image.parse_record(self.spec, self.pool.metadata(image_id, rbd_image.RECORD))
 
-    def _intend(self, operation: str, **facts: str) -> None:
-        intent = {"operation": operation, "host": self.conf.host, **facts}
-        self.pool.set_intent(self.name, json.dumps(intent))
+    def _intend(self, operation: str, **facts: Any) -> None:
+        # No two are alike, so that nobody takes another's for his own.
+        token = secrets.token_hex(8)
+        text = json.dumps({**facts, "operation": operation, "host": self.conf.host, "token": token})
+        self.pool.swap_intent(self.name, self._begun, text)
+        self._begun = text
+
+    def _end(self) -> None:
+        self.pool.swap_intent(self.name, self._begun, "")
+        self._begun = ""
 
     def _intent(self) -> dict[str, Any]:
-        intent = self.pool.intent(self.name)
-        return {} if intent is None else rbd_image.parse_record(f"{self.spec}: intent", intent)
+        return self._parse(self.pool.intent(self.name))
 
-    def _settle_quietly(self) -> None:
+    def _parse(self, intent: str | None) -> dict[str, Any]:
+        return rbd_image.parse_record(f"{self.spec}: intent", intent)
+
+    def _undo_quietly(self) -> None:
         # The error that led here matters more; the next call on the disk tries again.
         try:
-            self.settle()
+            if self.pool.intent(self.name) == self._begun:
+                self._carry_out()
         except exceptions.ImageBackendError as error:
             LOG.warning("what is left of %s is still there: %s", self.spec, error)

@@ -9,6 +9,7 @@ Sources: https://docs.ceph.com/en/latest/rados/api/python/ and https://docs.ceph
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import struct
@@ -234,21 +235,31 @@ class Pool:
             found, _ = self._context().get_omap_vals_by_keys(operation, (image,))
             return self._read_intents(operation, found).get(image)
 
-    def set_intent(self, image: str, intent: str) -> None:
-        """Record what is about to be done to an image, for whoever finds it half done."""
-        rados = import_rados()
-        with self.errors(_INTENTS), rados.WriteOpCtx() as operation:
-            context = self._context()
-            context.set_omap(operation, (image,), (intent.encode(),))
-            context.operate_write_op(operation, _INTENTS)
+    def swap_intent(self, image: str, before: str, after: str) -> None:
+        """Record what is about to be done to an image, or that it was done: one request.
 
-    def clear_intent(self, image: str) -> None:
-        """Drop the intent on an image: it was carried out, or undone."""
+        Intents are what hosts agree by: whoever is first has begun.
+
+        :param before: what is on record; empty: nothing.
+        :param after: what is to be; empty: nothing.
+        :raises DiskInUse: something else is on record: another host is working on the image. Nothing was changed.
+        """
         rados = import_rados()
         with self.errors(_INTENTS), rados.WriteOpCtx() as operation:
             context = self._context()
-            context.remove_omap_keys(operation, (image,))
-            context.operate_write_op(operation, _INTENTS)
+            operation.new(rados.LIBRADOS_CREATE_IDEMPOTENT)
+            operation.omap_cmp(image, before)
+            if after:
+                context.set_omap(operation, (image,), (after.encode(),))
+            else:
+                context.remove_omap_keys(operation, (image,))
+            try:
+                context.operate_write_op(operation, _INTENTS)
+            except rados.Error as error:
+                if abs(error.errno or 0) != errno.ECANCELED:
+                    raise
+                reason = "another host has begun to work on it; try again when it is done"
+                raise exceptions.DiskInUse(self.spec(image), reason) from error
 
     @contextlib.contextmanager
     def errors(self, image: str) -> Iterator[None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from imagebackend import exceptions
+from imagebackend import exceptions, faults
 from imagebackend.images.rbd import Rbd
 from imagebackend.storage import ceph as storage
 from tests.functional.ceph import Contents, rbd_backend, read
@@ -27,7 +27,7 @@ SIZE = 32 * MIB
 MAKE = """
 import sys
 from pathlib import Path
-from imagebackend import faults
+from imagebackend import exceptions, faults
 from tests.functional.ceph import rbd_backend, Contents
 from tools.private_ceph import Cluster
 
@@ -42,7 +42,11 @@ sys.stdin.readline()
 def progress(done, total):
     print("progress", done, flush=True)
     {progress}
-backend.image(instance, "disk").cache(lambda target, progress: fetch(target), "template", 32 << 20, progress=progress)
+try:
+    image = backend.image(instance, "disk")
+    image.cache(lambda target, progress: fetch(target), "template", 32 << 20, progress=progress)
+except exceptions.ImageBackendError as error:
+    steps.append(type(error).__name__)
 print("steps", *steps, flush=True)
 """
 
@@ -415,6 +419,52 @@ def test_two_processes_that_make_the_same_disk_make_one(
     assert [host.end() for host in hosts] == [0, 0, 0]
     assert sum("disk.create.cloned" in passed for passed in steps) == 1
     assert images(ceph, rbd_pool) == ["guest_disk", "template:template"]
+
+
+def test_a_host_from_which_another_took_its_disk_does_not_say_that_it_made_it(
+    ceph: Cluster, rbd_pool: str, template: Contents, tmp_path: Path
+) -> None:
+    slow, quick = (rbd_backend(ceph, rbd_pool, tmp_path / name) for name in ("slow", "quick"))
+    quick.conf.set_override("host", "another")
+    done = []
+
+    def overtake(step: str) -> None:
+        if step == "disk.create.cloned" and not done:
+            done.append(step)
+            quick.image("guest", "disk").cache(template.fetch, "template", SIZE)
+
+    faults.arm(overtake)
+    try:
+        with pytest.raises(exceptions.DiskInUse, match="another host"):
+            slow.image("guest", "disk").cache(template.fetch, "template", SIZE)
+    finally:
+        faults.arm(None)
+
+    image = slow.image("guest", "disk")
+    assert isinstance(image, Rbd)
+    assert image.pool.intents() == {}
+    assert images(ceph, rbd_pool) == ["guest_disk", "template:template"]
+    assert read(image, tmp_path / "copy")[: len(template.content)] == template.content
+    slow.image("guest", "disk").cache(template.fetch, "template", SIZE)
+
+
+def test_hosts_that_make_the_same_disk_at_the_same_time_make_one_whole_disk(
+    ceph: Cluster, rbd_pool: str, template: Contents, tmp_path: Path
+) -> None:
+    hosts = [Host(ceph, rbd_pool, tmp_path / str(number), "guest", template.path, "pass") for number in range(4)]
+    for host in hosts:
+        host.go()
+    results = [host.expect("steps").split()[1:] or ["made"] for host in hosts]
+    assert [host.end() for host in hosts] == [0] * 4
+
+    image = rbd_backend(ceph, rbd_pool, tmp_path / "instances").image("guest", "disk")
+    assert isinstance(image, Rbd)
+    if not image.exists():  # each took it from another
+        image.cache(template.fetch, "template", SIZE)
+    assert {result[-1] for result in results} <= {"made", "disk.create.cloned", "DiskInUse", "DiskExists"}, results
+    assert image.pool.intents() == {}
+    assert images(ceph, rbd_pool) == ["guest_disk", "template:template"]
+    assert read(image, tmp_path / "copy")[: len(template.content)] == template.content
 
 
 def test_a_template_with_clones_goes_with_the_last_of_them(

@@ -298,9 +298,9 @@ def test_the_sweep_removes_what_killed_processes_left(
     pool = disk.pool
     pool.create("partial:template:other", MIB, storage.Layout())
     pool.create("half_disk", MIB, storage.Layout())
-    pool.set_intent("half_disk", f'{{"operation": "clone", "host": "{backend.conf.host}"}}')
+    pool.swap_intent("half_disk", "", f'{{"operation": "clone", "host": "{backend.conf.host}"}}')
     pool.create("busy_disk", MIB, storage.Layout())
-    pool.set_intent("busy_disk", '{"operation": "clone", "host": "another"}')
+    pool.swap_intent("busy_disk", "", '{"operation": "clone", "host": "another"}')
 
     swept = store(backend).sweep()
 
