@@ -272,8 +272,8 @@ class Image(abc.ABC):
     def clone(self, context: Any, image_id_or_uri: str) -> None:
         """Make the disk from an image inside the store, if one of the image's locations allows.
 
-        :param context: the agent's own, handed to what looks the image up.
-        :param image_id_or_uri: the image.
+        :param context: the image's :class:`~imagebackend.templates.sources.Source`, which tells its locations.
+        :param image_id_or_uri: the image's id, or one of its locations.
         :raises ImageUnacceptable: none does; says why for each.
         """
         raise exceptions.ImageUnacceptable(

@@ -245,28 +245,22 @@ class Rbd(Image):
     def clone(self, context: Any, image_id_or_uri: str | Sequence[str]) -> None:
         """Make the disk from a snapshot of an image in the same cluster; do nothing if the disk exists.
 
-        :param context: ignored.
-        :param image_id_or_uri: ``rbd://fsid/pool/image/snapshot``, or several, of which the first that can be cloned
-            is.
+        :param context: the image's :class:`~imagebackend.templates.sources.Source`, which tells its locations; None or
+            anything else: Glance is asked.
+        :param image_id_or_uri: the image's id or URL, as :func:`~imagebackend.templates.sources.open_source` takes it;
+            or its location ``rbd://fsid/pool/image/snapshot``, or several, of which the first that can be cloned is.
         :raises ImageUnacceptable: none of them can; says why for each.
+        :raises FetchFailed: what knows the locations cannot be reached, or has no such image.
         """
-        locations = [image_id_or_uri] if isinstance(image_id_or_uri, str) else list(image_id_or_uri)
-        reasons = []
         if self.encryption is not None:
-            raise exceptions.ImageUnacceptable(", ".join(locations), "an encrypted disk is made with cache()")
-        with self._disk.lock():
-            self._disk.settle()
-            if self._disk.exists():
-                return
-            for url in locations:
-                try:
-                    rbd_exchange.clone(self._disk, rbd_location.parse_url(url), self._layout)
-                except (exceptions.ImageUnacceptable, exceptions.NotFound, exceptions.StorageError) as error:
-                    reasons.append(str(error))
-                else:
-                    LOG.info("disk %s cloned from %s", self.path, url)
-                    return
-        raise exceptions.ImageUnacceptable(", ".join(locations), "; ".join(reasons) or "no location was given")
+            raise exceptions.ImageUnacceptable(str(image_id_or_uri), "an encrypted disk is made with cache()")
+        if not self._is_ready():
+            locations = rbd_exchange.locations(self.conf, context, image_id_or_uri)
+            with self._disk.lock():
+                self._disk.settle()
+                if not self._disk.exists():
+                    location = rbd_exchange.clone_first(self._disk, locations, self._layout)
+                    LOG.info("disk %s cloned from %s", self.path, location)
 
     def direct_snapshot(
         self, context: Any, snapshot_name: str, image_format: str, image_id: str, base_image_id: str

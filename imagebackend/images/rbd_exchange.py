@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
+
+from oslo_config import cfg
 
 from imagebackend import exceptions, faults
 from imagebackend.images import rbd_disk, rbd_image, rbd_location
 from imagebackend.storage import ceph
+from imagebackend.templates.sources import Source, open_source
 
-__all__ = ["clone", "copy", "remove"]
+__all__ = ["clone_first", "copy", "locations", "remove"]
 
 LOG = logging.getLogger(__name__)
 
@@ -18,22 +22,47 @@ LOG = logging.getLogger(__name__)
 _SNAPSHOT = "snap"
 
 
-def clone(disk: rbd_disk.RbdDisk, location: rbd_location.Location, layout: ceph.Layout) -> None:
-    """Make a disk from a snapshot of an image; one with too many parents is flattened.
+def locations(conf: cfg.ConfigOpts, context: object, image: str | Sequence[str]) -> Sequence[str]:
+    """Return where an image may be cloned from, as :meth:`imagebackend.images.rbd.Rbd.clone` takes it.
 
-    :raises ImageUnacceptable: it is in another cluster.
-    :raises DiskNotFound: there is no such image or snapshot.
-    :raises StorageError: also for format 1 where the snapshot is not protected.
+    :raises ImageUnacceptable: it is not raw, or nothing knows of it.
+    :raises FetchFailed: what knows the locations cannot be reached, or has no such image.
     """
-    if location.fsid != disk.pool.fsid():
-        raise exceptions.ImageUnacceptable(str(location), "in another cluster")
-    parent = ceph.Pool(disk.pool.settings, location.pool)
-    limit = disk.conf.libvirt.images_rbd_max_clone_depth
-    disk.clone(parent, location.image, location.snapshot, layout)
-    if _depth(disk.pool, disk.name) > limit:
-        LOG.info("disk %s has more than %d parents and is flattened", disk.spec, limit)
-        with disk.pool.open(disk.name) as image:
-            image.flatten()
+    if not isinstance(image, str):
+        return image
+    if image.startswith("rbd://"):
+        return [image]
+    try:
+        source = context if isinstance(context, Source) else open_source(_url(image), conf)
+    except exceptions.InvalidArgument as error:
+        raise exceptions.ImageUnacceptable(image, str(error)) from error
+    disk_format = source.metadata().disk_format
+    if disk_format not in (None, "raw"):
+        raise exceptions.ImageUnacceptable(image, f"its format is {disk_format}; disks in Ceph are raw")
+    return source.locations()
+
+
+def clone_first(disk: rbd_disk.RbdDisk, urls: Sequence[str], layout: ceph.Layout) -> rbd_location.Location:
+    """Make a disk from the first location of an image that can be cloned, and return that.
+
+    :raises ImageUnacceptable: none can; says why for each.
+    :raises InsufficientSpace: the disk's pool is full.
+    """
+    reasons = []
+    for url in urls:
+        try:
+            location = rbd_location.parse_url(url)
+            _clone(disk, location, layout)
+        except exceptions.InsufficientSpace:
+            raise
+        except exceptions.InvalidConfiguration as error:  # the disk's own pool was there a moment ago
+            reasons.append(f"{url}: {error.reason}")
+        except (exceptions.ImageUnacceptable, exceptions.NotFound, exceptions.StorageError) as error:
+            reasons.append(str(error))
+        else:
+            return location
+    reason = "; ".join(reasons) or "it has no location in a store"
+    raise exceptions.ImageUnacceptable(", ".join(urls) or "image", reason)
 
 
 def copy(disk: rbd_disk.RbdDisk, snapshot: str, image_id: str, layout: ceph.Layout) -> rbd_location.Location:
@@ -78,6 +107,28 @@ def remove(pool: ceph.Pool, location: rbd_location.Location, whole: bool) -> Non
         rbd_image.bury(where, location.image)
     else:
         rbd_image.remove_snapshot(where, location.image, location.snapshot)
+
+
+def _url(image: str) -> str:
+    return image if ":" in image else f"glance:{image}"
+
+
+def _clone(disk: rbd_disk.RbdDisk, location: rbd_location.Location, layout: ceph.Layout) -> None:
+    """Make a disk from a snapshot of an image; one with too many parents is flattened.
+
+    :raises ImageUnacceptable: it is in another cluster.
+    :raises DiskNotFound: there is no such image or snapshot.
+    :raises StorageError: also for format 1 where the snapshot is not protected.
+    """
+    if location.fsid != disk.pool.fsid():
+        raise exceptions.ImageUnacceptable(str(location), "in another cluster")
+    parent = ceph.Pool(disk.pool.settings, location.pool)
+    limit = disk.conf.libvirt.images_rbd_max_clone_depth
+    disk.clone(parent, location.image, location.snapshot, layout)
+    if _depth(disk.pool, disk.name) > limit:
+        LOG.info("disk %s has more than %d parents and is flattened", disk.spec, limit)
+        with disk.pool.open(disk.name) as image:
+            image.flatten()
 
 
 def _depth(pool: ceph.Pool, name: str) -> int:

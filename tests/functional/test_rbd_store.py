@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from imagebackend import Backend, exceptions
 from imagebackend.images.rbd import Encryption, Rbd
 from imagebackend.images.rbd_template import RbdTemplates
 from imagebackend.storage import ceph as storage
+from imagebackend.templates.sources import Fetched, Metadata, Source
 from tests.functional.ceph import Contents, rbd_backend, read
 from tools.private_ceph import Cluster
 
@@ -195,17 +196,59 @@ def test_a_disk_becomes_an_image_and_an_image_a_disk(
     assert images(ceph, rbd_pool) == {"template:debian", "copy_disk"}
 
 
+class Served(Source):
+    """An image as an image service has it: a format, and where it is."""
+
+    def __init__(self, disk_format: str, *locations: str) -> None:
+        self._format = disk_format
+        self._locations = locations
+
+    def metadata(self) -> Metadata:
+        return Metadata("service:image", disk_format=self._format)
+
+    def fetch(self, target: str, progress: object = None) -> Fetched:
+        pytest.fail("fetched")
+
+    def locations(self) -> Sequence[str]:
+        return self._locations
+
+
+def test_an_image_is_cloned_by_its_id_where_its_source_has_it(
+    backend: Backend, ceph: Cluster, rbd_pool: str, template: Contents, tmp_path: Path
+) -> None:
+    disk = backend.image("guest", "disk")
+    disk.cache(template.fetch, "debian")
+    location = disk.direct_snapshot(None, "nightly", "raw", "an-image", "base")
+    copy = backend.image("copy", "disk")
+
+    for context, reason in (
+        (Served("qcow2", location), "its format is qcow2"),
+        (Served("raw"), "no location"),
+        (Served("raw", "file:///image", location.replace("/snap", "/gone")), "does not exist"),
+    ):
+        with pytest.raises(exceptions.ImageUnacceptable, match=reason):
+            copy.clone(context, "3f1c6f0e-image")
+        assert not copy.exists()
+    with pytest.raises(exceptions.ImageUnacceptable, match="nowhere"):
+        copy.clone(None, "nowhere:image")
+
+    copy.clone(Served("raw", "file:///image", location), "3f1c6f0e-image")
+    assert read(copy, tmp_path / "copy") == template.content
+    copy.clone(Served("raw"), "3f1c6f0e-image")
+
+
 def test_what_cannot_be_cloned_says_why(backend: Backend, ceph: Cluster, rbd_pool: str, template: Contents) -> None:
     backend.image("guest", "disk").cache(template.fetch, "debian")
     elsewhere = "rbd://00000000-0000-0000-0000-000000000000/pool/image/snap"
     nothing = f"rbd://{ceph.fsid}/{rbd_pool}/guest_disk/nothing"
+    no_pool = f"rbd://{ceph.fsid}/no-such-pool/image/snap"
     image = backend.image("other", "disk")
     assert isinstance(image, Rbd)
 
     with pytest.raises(exceptions.ImageUnacceptable) as caught:
-        image.clone(None, [elsewhere, nothing, "file:///image"])
+        image.clone(None, [elsewhere, nothing, no_pool, "file:///image"])
 
-    for reason in ("another cluster", "does not exist", "not of the form"):
+    for reason in ("another cluster", "does not exist", "no pool 'no-such-pool'", "not of the form"):
         assert reason in str(caught.value)
     assert not image.exists()
 
