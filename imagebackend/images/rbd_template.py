@@ -256,7 +256,9 @@ class RbdTemplates(NativeTemplates):
                         discard.callback(self._discard, undo, partial)
                         # The host that had the temporary name before may have made the template.
                         if self._pool.image_id(image) is None:
-                            yield opened
+                            # It is closed before the part is removed, so that what fails does not pass by there.
+                            with self._pool.errors(partial):
+                                yield opened
                             discard.pop_all()
                             return
             next(waits)

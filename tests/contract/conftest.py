@@ -267,7 +267,7 @@ class RbdStore(Store):
     def empty(self) -> None:
         """Remove everything from the pool."""
         with self._context() as context:
-            for name in sorted(rbd.RBD().list(context), key=lambda name: name.startswith(("template:", "zombie:"))):
+            for name in sorted(rbd.RBD().list(context), key=is_source):
                 with rbd.Image(context, name) as image:
                     for snapshot in [each["name"] for each in image.list_snaps()]:
                         if image.is_protected_snap(snapshot):
@@ -293,6 +293,11 @@ def open_store(name: str, request: pytest.FixtureRequest) -> Store:
     if image_type == "ploop":
         return PloopStore(folder, image_type, options)
     return Store(folder, image_type, options)
+
+
+def is_source(image: str) -> bool:
+    """Return whether a disk may be a clone of an image: it is none itself, and goes last."""
+    return "_" not in image or ":" in image
 
 
 def _write_sparse(path: Path, content: bytes) -> None:

@@ -122,6 +122,16 @@ def pulled(store: Store) -> None:
     pull(store)
 
 
+def image_in_store(store: Store) -> None:
+    store.make().direct_snapshot(None, "snap", "raw", "an-image", "")
+
+
+def clone(store: Store) -> None:
+    assert isinstance(store, RbdStore)
+    location = f"rbd://{store.cluster.fsid}/{store.pool}/an-image/snap"
+    store.backend.image("cloned", "disk").clone(None, location)
+
+
 OPERATIONS = {
     "create, cold": Operation(nothing, make),
     "create, cold, from qcow2": Operation(nothing, make_cold_converted),
@@ -144,6 +154,8 @@ OPERATIONS = {
     "import over a disk": Operation(
         make_and_write, lambda store: store.image().import_file(store.image().instance, local_file(store), "disk")
     ),
+    "clone": Operation(image_in_store, clone, only="rbd"),
+    "direct snapshot": Operation(make_and_write, image_in_store, only="rbd", done=(exceptions.DiskExists,)),
     "remove": Operation(snapshotted, lambda store: store.image().remove()),
     "pull": Operation(another_image, pull),
     "pull back": Operation(pulled, pull_back),

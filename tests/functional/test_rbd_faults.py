@@ -86,6 +86,20 @@ def once(act: Callable[[], object]) -> Callable[[int, int], None]:
     return progress
 
 
+def ignore(done: int, total: int) -> None:
+    """Be a progress callback that does nothing."""
+
+
+@contextlib.contextmanager
+def armed(act: Callable[[str], object]) -> Iterator[None]:
+    """Have something done at each fault point that is passed in the block."""
+    faults.arm(act)
+    try:
+        yield
+    finally:
+        faults.arm(None)
+
+
 def test_without_a_monitor_there_is_an_error_in_time_and_afterwards_a_disk(
     own_ceph: Cluster, template: Contents, tmp_path: Path
 ) -> None:
@@ -116,6 +130,49 @@ def test_a_connection_outlives_the_monitor(own_ceph: Cluster, template: Contents
         assert read(second, tmp_path / "copy")[: len(template.content)] == template.content
         first.remove()
         assert not first.exists()
+
+
+def test_a_monitor_that_is_lost_for_a_while_does_not_disturb_an_import(
+    own_ceph: Cluster, template: Contents, tmp_path: Path
+) -> None:
+    lost = []
+
+    def lose() -> None:
+        if "template.import.locked" in steps and not lost:
+            lost.append(True)
+            with own_ceph.stopped("mon.a"):
+                pass
+
+    steps: list[str] = []
+    with own_ceph.pool() as pool, armed(steps.append):
+        image = rbd_backend(own_ceph, pool, tmp_path / "instances").image("guest", "disk")
+        image.cache(template.fetch, "template", SIZE, progress=lambda done, total: lose())
+
+        assert lost
+        assert read(image, tmp_path / "copy")[: len(template.content)] == template.content
+        assert images(own_ceph, pool) == ["guest_disk", "template:template"]
+
+
+def test_a_monitor_that_is_lost_during_an_import_and_stays_away_is_an_error_in_time(
+    own_ceph: Cluster, template: Contents, tmp_path: Path
+) -> None:
+    with own_ceph.pool() as pool, contextlib.ExitStack() as lost:
+        backend = rbd_backend(own_ceph, pool, tmp_path / "instances", rbd_operation_timeout=2)
+        image = backend.image("guest", "disk")
+
+        def lose(step: str) -> None:
+            if step == "template.import.locked":
+                lost.enter_context(own_ceph.stopped("mon.a"))
+
+        with armed(lose), pytest.raises(exceptions.StorageTimeout):
+            # The data are the OSD's; but it is a monitor that numbers snapshots.
+            image.cache(lambda target, progress: template.fetch(target), "template", SIZE, progress=ignore)
+        lost.close()
+
+        assert not image.exists()
+        assert images(own_ceph, pool) == []
+        image.cache(template.fetch, "template", SIZE)
+        assert read(image, tmp_path / "copy")[: len(template.content)] == template.content
 
 
 def test_an_osd_that_is_killed_while_a_template_is_imported_loses_nothing(
@@ -293,6 +350,33 @@ def test_a_pool_over_its_quota_takes_nothing_and_keeps_what_it_has(
         second.cache(template.fetch, "template", SIZE)
 
 
+def test_a_pool_that_becomes_full_during_an_import_is_an_error_and_the_part_is_swept(
+    own_ceph: Cluster, template: Contents, tmp_path: Path
+) -> None:
+    own_ceph.start_manager()
+    with own_ceph.pool() as pool:
+        backend = rbd_backend(own_ceph, pool, tmp_path / "instances")
+        image = backend.image("guest", "disk")
+        backend.image("first", "disk").import_file("first", str(template.path), "disk")
+
+        def fill(step: str) -> None:
+            if step == "template.import.locked":
+                own_ceph.command("osd pool set-quota", pool=pool, field="max_bytes", val=str(MIB))
+                deadline.wait_for(lambda: is_full(own_ceph, pool), seconds=60, what="full pool")
+
+        with armed(fill), pytest.raises(exceptions.InsufficientSpace, match="quota"):
+            image.cache(template.fetch, "template", SIZE)
+        assert not image.exists()
+        # A full pool does not let go of anything either.
+        own_ceph.command("osd pool set-quota", pool=pool, field="max_bytes", val="0")
+        deadline.wait_for(lambda: not is_full(own_ceph, pool), seconds=60, what="room in the pool")
+        store = Rbd.native_templates(backend.conf)
+        assert store.list() == []
+        deadline.wait_for(lambda: store.sweep() == [], seconds=30, what="end of the sweep")
+        assert images(own_ceph, pool) == ["first_disk"]
+        image.cache(template.fetch, "template", SIZE)
+
+
 def is_full(cluster: Cluster, pool: str) -> bool:
     pools = {each["pool_name"]: each["flags_names"].split(",") for each in cluster.command("osd dump")["pools"]}
     return "full_quota" in pools[pool]
@@ -433,12 +517,8 @@ def test_a_host_from_which_another_took_its_disk_does_not_say_that_it_made_it(
             done.append(step)
             quick.image("guest", "disk").cache(template.fetch, "template", SIZE)
 
-    faults.arm(overtake)
-    try:
-        with pytest.raises(exceptions.DiskInUse, match="another host"):
-            slow.image("guest", "disk").cache(template.fetch, "template", SIZE)
-    finally:
-        faults.arm(None)
+    with armed(overtake), pytest.raises(exceptions.DiskInUse, match="another host"):
+        slow.image("guest", "disk").cache(template.fetch, "template", SIZE)
 
     image = slow.image("guest", "disk")
     assert isinstance(image, Rbd)
