@@ -16,6 +16,8 @@ from imagebackend import exceptions, names
 from imagebackend.images import disk_info
 from imagebackend.images.base import Image
 from imagebackend.templates.cache import TemplateCache
+from imagebackend.templates.leases import Owner
+from imagebackend.templates.native import NativeTemplates
 
 __all__ = ["Backend"]
 
@@ -44,7 +46,7 @@ class Backend:
 
     def __init__(self, conf: cfg.ConfigOpts) -> None:
         self.conf = conf
-        self.templates = TemplateCache(conf)
+        self.templates = TemplateCache(conf, self.native_templates, self._is_gone)
 
     def backend(self, image_type: str | None = None) -> type[Image]:
         """Return the class of images of a type.
@@ -65,6 +67,16 @@ class Backend:
             return _load(added[wanted])
         known = ", ".join(sorted({*_BUILT_IN, *added, "default"}))
         raise exceptions.InvalidConfiguration("[libvirt] images_type", f"{wanted!r} is not one of {known}")
+
+    def native_templates(self, *image_types: str) -> list[NativeTemplates]:
+        """Return the stores that keep templates of their own, of these types, or of the configured one.
+
+        :param image_types: as for :meth:`backend`.
+        :raises InvalidConfiguration: there is no such type, or the package that adds it is broken.
+        """
+        kinds = dict.fromkeys(self.backend(each) for each in image_types or (None,))
+        stores = [kind.native_templates(self.conf) for kind in kinds]
+        return [store for store in stores if store is not None]
 
     def image(self, instance: Any, disk_name: str, image_type: str | None = None) -> Image:
         """Return the image for a disk of an instance, whether the disk exists or not.
@@ -128,6 +140,16 @@ class Backend:
                 yield from self._disks_of(entry)
             except (exceptions.CorruptRecord, exceptions.InvalidName) as error:
                 LOG.warning("the disks of %s are left out: %s", entry, error)
+
+    def _is_gone(self, owner: Owner) -> bool:
+        """Return whether a disk of this host, which nobody makes or changes meanwhile, is provably not there."""
+        if not owner.path.startswith("rbd:"):
+            return self.templates.is_file_gone(owner)
+        try:
+            return not self.by_libvirt_path(owner.instance, owner.path, "rbd").exists()
+        except exceptions.ImageBackendError as error:
+            LOG.info("whether %s is there cannot be known: %s", owner.path, error)
+            return False
 
     def _disks_of(self, instance: str) -> Iterator[Image]:
         folder = f"{os.path.abspath(self.conf.instances_path)}/{instance}"

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from imagebackend import exceptions
 
-__all__ = ["hold", "is_range_locked", "lock_range"]
+__all__ = ["hold", "is_held", "is_range_locked", "lock_range"]
 
 # struct flock: l_type, l_whence, l_start, l_len, l_pid (which must be 0 for an open file description lock).
 _FLOCK = struct.Struct("hhqqi4x")
@@ -53,6 +53,23 @@ def hold(path: str, *, timeout: float, shared: bool = False, transient: bool = F
             # A process that was forked meanwhile has the descriptor too, so that closing it here does not unlock.
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
         os.close(descriptor)
+
+
+def is_held(path: str) -> bool:
+    """Return whether anybody holds the lock ``path``, in whatever way.
+
+    :raises PermissionDenied, StorageError: it cannot be known.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            return is_range_locked(descriptor, 0, 0)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
 
 
 def lock_range(descriptor: int, start: int, length: int, *, shared: bool) -> bool:

@@ -22,6 +22,7 @@ __all__ = [
     "complete_format",
     "complete_instance",
     "complete_template",
+    "parse_age",
     "parse_format",
     "parse_size",
 ]
@@ -35,6 +36,8 @@ _OTHER_FORMATS = (
     *("bochs", "cloop", "dmg", "docker", "luks", "ova", "parallels", "ploop", "qcow", "qed"),
 )
 _SIZE = re.compile(r"([0-9]{1,19})([KMGT]?)\Z", re.ASCII)
+_AGE = re.compile(r"([0-9]{1,10})([smhd]?)\Z", re.ASCII)
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 Completion = Callable[[click.Context, click.Parameter, str], list[str]]
@@ -53,6 +56,18 @@ def parse_size(value: str) -> int:
         )
     number: int = int(match[1]) * 1024 ** _POWERS[match[2]]
     return number
+
+
+def parse_age(value: str) -> int:
+    """Return a time in seconds.
+
+    :param value: a number of seconds, or one with s, m, h or d: seconds, minutes, hours, days.
+    :raises click.BadParameter: it is neither.
+    """
+    match = _AGE.match(value)
+    if match is None:
+        raise click.BadParameter(f"{value!r}: a whole number of seconds is needed, or one with m, h or d, such as 12h")
+    return int(match[1]) * _SECONDS[match[2]]
 
 
 def parse_format(value: str) -> str:

@@ -11,6 +11,59 @@ OPTIONS = (
         default="_base",
         help="The folder under instances_path that holds the templates.",
     ),
+    cfg.IntOpt(
+        "manager_interval",
+        default=2400,
+        min=-1,
+        help="""
+How many seconds pass between two runs of what an agent calls regularly (TemplateCache.periodic): pruning, and sweeping
+up what killed processes left. 0: 60 seconds. -1: it does nothing.
+""",
+    ),
+    cfg.BoolOpt(
+        "remove_unused_base_images",
+        default=True,
+        help="Whether pruning removes templates that no disk depends on, for their age or for want of space.",
+    ),
+    cfg.IntOpt(
+        "remove_unused_original_minimum_age_seconds",
+        default=86400,
+        min=0,
+        help="For how many seconds a template is kept after its last use.",
+    ),
+    cfg.IntOpt(
+        "remove_unused_resized_minimum_age_seconds",
+        default=3600,
+        min=0,
+        help="""
+For how many seconds what was made from a template in another store, such as an image in a Ceph pool or a logical
+volume, is kept after its last use.
+""",
+    ),
+    cfg.IntOpt(
+        "precache_concurrency",
+        default=1,
+        min=1,
+        help="How many images are pulled at a time when several are asked for at once.",
+    ),
+    cfg.IntOpt(
+        "total_size_limit",
+        default=0,
+        min=0,
+        help="""
+How many bytes the templates in the cache may take before pruning removes some that no disk depends on, those not used
+for longest first. 0: no limit.
+""",
+    ),
+    cfg.IntOpt(
+        "free_space_target",
+        default=0,
+        min=0,
+        help="""
+How many bytes should be free on the file system of the cache: while there are fewer, pruning removes templates that no
+disk depends on, those not used for longest first. 0: no target.
+""",
+    ),
     cfg.FloatOpt(
         "fetch_timeout",
         default=60.0,

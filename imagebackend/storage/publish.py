@@ -24,6 +24,8 @@ __all__ = [
     "new_scratch",
     "opened_new",
     "partial_path",
+    "prepare_file",
+    "publish_prepared",
     "read_file",
     "remove_file",
     "remove_folder",
@@ -167,6 +169,15 @@ def write_file(path: str, content: bytes, *, durable: bool) -> None:
 
     :raises InsufficientSpace, PermissionDenied, StorageError: the old content, if any, is still there.
     """
+    prepare_file(path, content, durable=durable)
+    publish_prepared(path)
+
+
+def prepare_file(path: str, content: bytes, *, durable: bool) -> None:
+    """Do what :func:`write_file` does, but for the last step.
+
+    :raises InsufficientSpace, PermissionDenied, StorageError: nothing has changed.
+    """
     partial = partial_path(path)
     try:
         with contextlib.ExitStack() as undo:
@@ -179,13 +190,27 @@ def write_file(path: str, content: bytes, *, durable: bool) -> None:
                     left = left[os.write(descriptor, left) :]
                 faults.point("publish.filled")
                 _finish(descriptor, durable)
-                os.rename(partial, path)
             finally:
                 close_quietly(descriptor)
             undo.pop_all()
-        faults.point("publish.renamed")
     except OSError as error:
         raise exceptions.storage_error(error, path) from error
+
+
+def publish_prepared(path: str) -> None:
+    """Give a file of :func:`prepare_file` its name.
+
+    :raises PermissionDenied, StorageError: it has not got it, and is gone.
+    """
+    partial = partial_path(path)
+    try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(remove_quietly, partial)
+            os.rename(partial, path)
+            undo.pop_all()
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+    faults.point("publish.renamed")
 
 
 def read_file(path: str, largest: int) -> bytes | None:

@@ -9,32 +9,33 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from oslo_config import cfg
 
 from imagebackend import exceptions, names
 from imagebackend.templates import (
-    catalogue,
-    details,
+    entries,
+    eviction,
     leases,
     pulling,
     record,
     removal,
-    tags,
+    sweep,
     trust,
-    usage,
     verification,
 )
-from imagebackend.templates.catalogue import Entry, Filter
+from imagebackend.templates.catalogue import HINT, Catalogue
+from imagebackend.templates.eviction import Report
 from imagebackend.templates.fetching import FetchFunction, Progress, Request
 from imagebackend.templates.folder import TemplateFolder
 from imagebackend.templates.leases import Lease, Owner
+from imagebackend.templates.native import NativeTemplates
+from imagebackend.templates.pruning import Policy
 from imagebackend.templates.pulling import POLICIES
 from imagebackend.templates.record import Template
 from imagebackend.templates.sources import Source
-from imagebackend.templates.usage import Usage
 
 __all__ = ["POLICIES", "FetchFunction", "Template", "TemplateCache"]
 
@@ -43,7 +44,8 @@ LOG = logging.getLogger(__name__)
 # How often the use of a template is noted, in seconds: pruning counts in hours.
 _NOTE_EVERY = 300.0
 
-_HINT = "add it with 'imagebackend template add'"
+# What [image_cache] manager_interval = 0 means, in seconds.
+_SHORTEST_INTERVAL = 60.0
 
 
 class TemplateCache:
@@ -52,12 +54,25 @@ class TemplateCache:
     A template is there when its record is. Making the object does no I/O.
 
     :param conf: options of this library.
+    :param stores: returns the stores of templates that were made from those in the cache.
+    :param is_gone: whether a disk of this host, which nobody makes or changes meanwhile, is provably not there; None:
+        only files are known to be.
+    :ivar catalogue: what is in the cache, for those who look after it.
     """
 
-    def __init__(self, conf: cfg.ConfigOpts) -> None:
+    def __init__(
+        self,
+        conf: cfg.ConfigOpts,
+        stores: Callable[[], Sequence[NativeTemplates]] = tuple,
+        is_gone: Callable[[Owner], bool] | None = None,
+    ) -> None:
         self._conf = conf
         self._folder = TemplateFolder(conf)
+        self._stores = stores
+        self._is_gone = is_gone or self.is_file_gone
+        self.catalogue = Catalogue(self._folder)
         self._noted: dict[str, float] = {}
+        self._next_run = -math.inf
 
     @property
     def folder(self) -> str:
@@ -90,7 +105,7 @@ class TemplateCache:
         record.check_reference(name)
         template = self._folder.read(name) or self._folder.read(trust.resolve(self._folder, name))
         if template is None:
-            raise exceptions.TemplateNotFound(name, _HINT)
+            raise exceptions.TemplateNotFound(name, HINT)
         return template
 
     def by_file(self, file: str) -> Template:
@@ -101,7 +116,7 @@ class TemplateCache:
         """
         found = self._folder.find(record.check_reference(file))
         if found is None:
-            raise exceptions.TemplateNotFound(file, _HINT)
+            raise exceptions.TemplateNotFound(file, HINT)
         return found
 
     def list(self) -> Sequence[Template]:
@@ -118,45 +133,6 @@ class TemplateCache:
             except exceptions.CorruptRecord as error:
                 LOG.warning("template %s is left out: %s", name, error)
         return found
-
-    def entries(self, wanted: Filter | None = None) -> Sequence[Entry]:
-        """Return what is in the cache with what it takes, how many disks depend on it, and when it was used last.
-
-        Damaged templates are there, too, and those that another image has taken the name of. No lock is taken.
-
-        :param wanted: which ones; None: all.
-        :raises PermissionDenied, StorageError: the folder cannot be read.
-        """
-        return catalogue.entries(self._folder, wanted)
-
-    def entry(self, name: str) -> Entry:
-        """Return the same of one template.
-
-        :raises TemplateNotFound: it is not in the cache.
-        """
-        name = self._require(record.check_reference(name))
-        found = catalogue.entry_of(self._folder, name, tags.by_template(self._folder.tags).get(name, ()))
-        if found is None:
-            raise exceptions.TemplateNotFound(name)
-        return found
-
-    def inspect(self, name: str) -> dict[str, Any]:
-        """Return everything that is known of a template, as JSON can hold it: its record, its history, its users, …
-
-        :raises TemplateNotFound: it is not in the cache.
-        :raises CorruptRecord: its record cannot be understood.
-        """
-        entry = self.entry(name)
-        if entry.template is None and entry.damage is not None:
-            raise entry.damage
-        return details.details(entry, self.leases(entry.name), time.time())
-
-    def usage(self) -> Usage:
-        """Return what the cache takes of the storage.
-
-        :raises PermissionDenied, StorageError: the folder cannot be read.
-        """
-        return usage.usage(self._folder, self.entries())
 
     def names(self, *, former: bool = False) -> Sequence[str]:
         """Return the names of all templates, sorted, whether their records are sound or not.
@@ -228,62 +204,50 @@ class TemplateCache:
         request = Request(names.check_name("template", name), source.fetch, size=size, progress=progress)
         return pulling.pull(self._folder, request, source, policy)
 
-    def tag(self, name: str, tag: str) -> None:
-        """Give a template another name, or move that name to it; :meth:`get`, :meth:`fetch`, :meth:`use` know it.
+    def is_file_gone(self, owner: Owner) -> bool:
+        """Return whether a disk, if it is a file of this host, is provably not there."""
+        return sweep.is_file_gone(self._folder, owner)
 
-        :param tag: the other name.
-        :raises InvalidName: no template can be called that.
-        :raises TemplateNotFound: there is no template ``name``.
-        :raises TemplateExists: there is a template ``tag``.
+    def prune(
+        self,
+        policy: Policy | None = None,
+        *,
+        stores: Sequence[NativeTemplates] | None = None,
+        dry_run: bool = False,
+    ) -> Report:
+        """Remove templates that no disk depends on, as a policy says, and what killed processes left.
+
+        Nobody is waited for: what is in use, pinned or being fetched stays. What fails does not keep the rest, and is
+        in the report with what was removed. Templates in other stores are pruned by the same rules.
+
+        :param policy: None: what is configured.
+        :param stores: the other stores; None: those of the configured image type.
+        :param dry_run: only decide.
+        :raises PermissionDenied, StorageError: the cache cannot be read.
         """
-        names.check_name("template", tag)
-        name = self._require(names.check_name("template", name), hint="")
-        # Nobody fetches a template of that name meanwhile.
-        with self._folder.lock(tag):
-            if self._folder.is_recorded(tag):
-                raise exceptions.TemplateExists(tag, "a template has that name, so that it cannot be a tag")
-            tags.move(self._folder.tags, tag, name)
+        policy = policy or eviction.policy_of(self._folder)
+        stores = self._stores() if stores is None else stores
+        report = eviction.decide(self._folder, stores, policy)
+        if not dry_run:
+            eviction.evict(self._folder, stores, policy, report)
+            eviction.sweep_all(self._folder, stores, self._is_gone, report)
+        return report
 
-    def label(self, name: str, labels: Mapping[str, str | None]) -> Template:
-        """Give a template labels, and take those away that are given as None; return it so.
+    def periodic(self) -> Report | None:
+        """Prune, if that is due; for an agent's timer, which may call this as often as it likes.
 
-        :raises InvalidArgument: it cannot have such labels, or so many.
-        :raises TemplateNotFound: there is no such template.
-        :raises CorruptRecord: its record cannot be understood.
+        :returns: None if it is not due, or ``[image_cache] manager_interval`` is -1.
+        :raises PermissionDenied, StorageError: the cache cannot be read; it is tried again when it is due again.
         """
-        record.check_labels(labels)
+        interval = self._conf.image_cache.manager_interval
+        if interval < 0 or time.monotonic() < self._next_run:
+            return None
+        self._next_run = time.monotonic() + (interval or _SHORTEST_INTERVAL)
+        return self.prune()
 
-        def change(template: Template) -> Template:
-            merged = {key: value for key, value in {**template.labels, **labels}.items() if value is not None}
-            return dataclasses.replace(template, labels=merged)
-
-        return self._change(name, change)
-
-    def pin(self, name: str, *, pinned: bool = True) -> Template:
-        """Keep pruning away from a template, or let it come; return the template so.
-
-        What takes its name by a pull is pinned in its place.
-
-        :raises TemplateNotFound: there is no such template.
-        :raises CorruptRecord: its record cannot be understood.
-        """
-        event = "pinned" if pinned else "unpinned"
-        return self._change(name, lambda template: template.after(event, pinned=pinned))
-
-    def untag(self, tag: str) -> None:
-        """Take a tag away; the template stays.
-
-        :raises TemplateNotFound: there is no such tag.
-        """
-        if not tags.remove(self._folder.tags, names.check_name("template", tag)):
-            raise exceptions.TemplateNotFound(tag, "there is no such tag")
-
-    def tags(self) -> Mapping[str, str]:
-        """Return all tags, sorted, and the name of the template that each means.
-
-        :raises PermissionDenied, StorageError: they cannot be read.
-        """
-        return tags.read_all(self._folder.tags)
+    def policy(self, **changes: Any) -> Policy:
+        """Return the policy that is configured, with some of its fields changed."""
+        return dataclasses.replace(eviction.policy_of(self._folder), **changes)
 
     @contextlib.contextmanager
     def use(
@@ -305,7 +269,7 @@ class TemplateCache:
         """
         record.check_reference(name)
         if fetch_func is None:
-            name = self._require(name)
+            name = trust.require(self._folder, name, HINT)
         while True:
             with self._folder.lock(name, shared=True):
                 template = trust.trusted(self._folder, name, size)
@@ -317,11 +281,11 @@ class TemplateCache:
             if fetch_func is not None:
                 name = pulling.fetch(self._folder, Request(name, fetch_func, args, kwargs, size, progress)).name
             elif trust.usable(self._folder, name, size, progress) is None:
-                self._require(name)
+                trust.require(self._folder, name, HINT)
 
     def last_used(self, template: Template) -> float:
         """Return when a template was used last, in seconds since the epoch: fetched, or a disk made or dropped."""
-        return catalogue.last_used(self._folder, template)
+        return entries.last_used(self._folder, template)
 
     def lease(self, file: str, owner: Owner) -> None:
         """Note that the disk ``owner`` depends on a template, within :meth:`use`.
@@ -380,7 +344,9 @@ class TemplateCache:
         :raises CorruptTemplate: it is damaged; names the disks that depend on it.
         :raises CorruptRecord: its record is.
         """
-        return verification.verify(self._folder, self._require(record.check_reference(name), hint=""), progress, rate)
+        return verification.verify(
+            self._folder, trust.require(self._folder, record.check_reference(name)), progress, rate
+        )
 
     def remove(self, name: str) -> None:
         """Remove a template that no disk depends on.
@@ -406,24 +372,3 @@ class TemplateCache:
         # A folder that is read-only keeps nobody from using what is there.
         with contextlib.suppress(OSError):
             leases.touch(self._folder.leases(file))
-
-    def _change(self, name: str, change: Callable[[Template], Template]) -> Template:
-        name = self._require(record.check_reference(name), hint="")
-        with self._folder.lock(name):
-            template = self._folder.read(name, check_file=False)
-            if template is None:
-                raise exceptions.TemplateNotFound(name)
-            changed = change(template)
-            if changed != template:
-                self._folder.write(changed)
-        return changed
-
-    def _require(self, name: str, hint: str = _HINT) -> str:
-        """Return the name of the template that is meant.
-
-        :raises TemplateNotFound: there is none.
-        """
-        name = trust.resolve(self._folder, name)
-        if not self._folder.is_recorded(name):
-            raise exceptions.TemplateNotFound(name, hint)
-        return name

@@ -1,157 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in the cache: every template with what it takes, who depends on it, and when it was used last."""
+"""What is in the cache, and what it is called there: for those who look after it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from imagebackend import exceptions
-from imagebackend.storage import extents
-from imagebackend.templates import leases, record, tags
+from imagebackend import exceptions, names
+from imagebackend.templates import details, entries, record, removal, tags, trust, usage
+from imagebackend.templates.entries import Entry, Filter
 from imagebackend.templates.folder import TemplateFolder
 from imagebackend.templates.record import Template
+from imagebackend.templates.usage import Usage
 
-__all__ = ["Entry", "Filter", "entries", "entry_of", "last_used"]
+__all__ = ["HINT", "Catalogue"]
 
-# The unit of st_blocks (stat(2)).
-_BLOCK = 512
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A template, and what is known of it beyond its record.
-
-    :ivar name: its name.
-    :ivar template: its record; None if that cannot be understood.
-    :ivar damage: what is wrong with its record or its file; None: nothing that is known.
-    :ivar tags: its other names.
-    :ivar users: how many disks depend on it.
-    :ivar last_used: when it was fetched, or a disk was made from it or dropped, in seconds since the epoch.
-    :ivar allocated: the bytes of storage that its file takes.
-    :ivar shared: those of them that other files share, such as reflinks of it; 0 where the file system does not tell.
-    """
-
-    name: str
-    template: Template | None
-    damage: exceptions.CorruptRecord | None = None
-    tags: tuple[str, ...] = ()
-    users: int = 0
-    last_used: float = 0.0
-    allocated: int = 0
-    shared: int = 0
-
-    @property
-    def own(self) -> int:
-        """The bytes of storage that removing it gives back."""
-        return max(0, self.allocated - self.shared)
-
-    @property
-    def is_dangling(self) -> bool:
-        """Whether another image has its name."""
-        return "@" in self.name
-
-    def age(self, now: float) -> float:
-        """Return for how many seconds it has not been used; 0 if a clock was set back since."""
-        return max(0.0, now - self.last_used)
+#: What to do about a template that is not there.
+HINT = "add it with 'imagebackend template add'"
 
 
-@dataclass(frozen=True)
-class Filter:
-    """Which entries are wanted; None and empty: it does not matter.
+class Catalogue:
+    """The templates of a cache, with their tags, labels and pins: :attr:`.TemplateCache.catalogue`."""
 
-    :ivar in_use: whether disks depend on it.
-    :ivar dangling: whether another image has its name.
-    :ivar labels: labels that it has, and their values; None: any value.
-    :ivar before, since: when it was fetched, in seconds since the epoch: before then, or then and later.
-    :ivar disk_format: the format of its file.
-    :ivar names: the names that it may have, or have had.
-    """
+    def __init__(self, folder: TemplateFolder) -> None:
+        self._folder = folder
 
-    in_use: bool | None = None
-    dangling: bool | None = None
-    labels: Mapping[str, str | None] = field(default_factory=dict)
-    before: float | None = None
-    since: float | None = None
-    disk_format: str | None = None
-    names: Collection[str] | None = None
+    def entries(self, wanted: Filter | None = None) -> Sequence[Entry]:
+        """Return what is in the cache with what it takes, how many disks depend on it, and when it was used last.
 
-    def takes(self, entry: Entry) -> bool:
-        """Return whether an entry is wanted; a damaged one is if nothing of its record is asked for."""
-        if self.in_use not in (None, entry.users > 0) or self.dangling not in (None, entry.is_dangling):
-            return False
-        if self.names is not None and record.base_name(entry.name) not in self.names:
-            return False
-        template = entry.template
-        if template is None:
-            return not self.labels and (self.before, self.since, self.disk_format) == (None, None, None)
-        fetched = record.seconds(template.fetched)
-        return (
-            self._takes_labels(template.labels)
-            and (self.before is None or fetched < self.before)
-            and (self.since is None or fetched >= self.since)
-            and self.disk_format in (None, template.format)
-        )
+        Damaged templates are there, too, and those that another image has taken the name of. No lock is taken.
 
-    def _takes_labels(self, labels: Mapping[str, str]) -> bool:
-        return all(key in labels and value in (None, labels[key]) for key, value in self.labels.items())
+        :param wanted: which ones; None: all.
+        :raises PermissionDenied, StorageError: the folder cannot be read.
+        """
+        return entries.entries(self._folder, wanted)
 
+    def entry(self, name: str) -> Entry:
+        """Return the same of one template.
 
-def entries(folder: TemplateFolder, wanted: Filter | None = None) -> list[Entry]:
-    """Return what is in the cache, sorted by name, damaged templates included; no lock is taken.
+        :raises TemplateNotFound: it is not in the cache.
+        """
+        name = trust.require(self._folder, record.check_reference(name), HINT)
+        found = entries.entry_of(self._folder, name, tags.by_template(self._folder.tags).get(name, ()))
+        if found is None:
+            raise exceptions.TemplateNotFound(name)
+        return found
 
-    :raises PermissionDenied, StorageError: the folder cannot be read.
-    """
-    wanted = wanted or Filter()
-    other_names = tags.by_template(folder.tags)
-    files: dict[str, str] = {}
-    found = []
-    for name in folder.names():
-        entry = entry_of(folder, name, other_names.get(name, ()))
-        if entry is None:
-            continue  # removed since it was listed
-        file = entry.template.file if entry.template is not None else ""
-        # What had the name comes after what has it. One with the same file was left by a process that was killed.
-        if "@" not in name:
-            files[name] = file
-        elif file and files.get(record.base_name(name)) == file:
-            continue
-        if wanted.takes(entry):
-            found.append(entry)
-    return found
+    def inspect(self, name: str) -> dict[str, Any]:
+        """Return everything that is known of a template, as JSON can hold it: its record, its history, its users, …
 
+        :raises TemplateNotFound: it is not in the cache.
+        :raises CorruptRecord: its record cannot be understood.
+        """
+        entry = self.entry(name)
+        if entry.template is None and entry.damage is not None:
+            raise entry.damage
+        return details.details(entry, removal.users(self._folder, entry.name), time.time())
 
-def entry_of(folder: TemplateFolder, name: str, other_names: Sequence[str]) -> Entry | None:
-    """Return what is known of a template; None: it is not there.
+    def usage(self) -> Usage:
+        """Return what the cache takes of the storage.
 
-    :param other_names: its tags.
-    """
-    try:
-        template = folder.read(name, check_file=False)
-    except exceptions.CorruptRecord as error:
-        users = sum(leases.count(folder.leases(file)) for file in folder.unclaimed(name))
-        return Entry(name, None, error, tuple(other_names), users)
-    if template is None:
-        return None
-    damage, allocated, shared = None, 0, 0
-    try:
-        allocated = record.file_status(template).st_blocks * _BLOCK
-        shared = extents.shared_size(template.path)
-    except exceptions.CorruptRecord as error:
-        damage = error
-    return Entry(
-        name=name,
-        template=template,
-        damage=damage,
-        tags=tuple(other_names),
-        users=leases.count(folder.leases(template.file)),
-        last_used=last_used(folder, template),
-        allocated=allocated,
-        shared=shared,
-    )
+        :raises PermissionDenied, StorageError: the folder cannot be read.
+        """
+        return usage.usage(self._folder, self.entries())
 
+    def tag(self, name: str, tag: str) -> None:
+        """Give a template another name, or move that name to it; the cache knows it by that, too.
 
-def last_used(folder: TemplateFolder, template: Template) -> float:
-    """Return when a template was fetched, or a disk was made from it or dropped, in seconds since the epoch."""
-    known = record.seconds(template.superseded or template.fetched)
-    return max(known, leases.changed(folder.leases(template.file)))
+        :param tag: the other name.
+        :raises InvalidName: no template can be called that.
+        :raises TemplateNotFound: there is no template ``name``.
+        :raises TemplateExists: there is a template ``tag``.
+        """
+        names.check_name("template", tag)
+        name = trust.require(self._folder, names.check_name("template", name))
+        # Nobody fetches a template of that name meanwhile.
+        with self._folder.lock(tag):
+            if self._folder.is_recorded(tag):
+                raise exceptions.TemplateExists(tag, "a template has that name, so that it cannot be a tag")
+            tags.move(self._folder.tags, tag, name)
+
+    def label(self, name: str, labels: Mapping[str, str | None]) -> Template:
+        """Give a template labels, and take those away that are given as None; return it so.
+
+        :raises InvalidArgument: it cannot have such labels, or so many.
+        :raises TemplateNotFound: there is no such template.
+        :raises CorruptRecord: its record cannot be understood.
+        """
+        record.check_labels(labels)
+
+        def change(template: Template) -> Template:
+            merged = {key: value for key, value in {**template.labels, **labels}.items() if value is not None}
+            return dataclasses.replace(template, labels=merged)
+
+        return self._change(name, change)
+
+    def pin(self, name: str, *, pinned: bool = True) -> Template:
+        """Keep pruning away from a template, or let it come; return the template so.
+
+        What takes its name by a pull is pinned in its place.
+
+        :raises TemplateNotFound: there is no such template.
+        :raises CorruptRecord: its record cannot be understood.
+        """
+        event = "pinned" if pinned else "unpinned"
+        return self._change(name, lambda template: template.after(event, pinned=pinned))
+
+    def untag(self, tag: str) -> None:
+        """Take a tag away; the template stays.
+
+        :raises TemplateNotFound: there is no such tag.
+        """
+        if not tags.remove(self._folder.tags, names.check_name("template", tag)):
+            raise exceptions.TemplateNotFound(tag, "there is no such tag")
+
+    def tags(self) -> Mapping[str, str]:
+        """Return all tags, sorted, and the name of the template that each means.
+
+        :raises PermissionDenied, StorageError: they cannot be read.
+        """
+        return tags.read_all(self._folder.tags)
+
+    def _change(self, name: str, change: Callable[[Template], Template]) -> Template:
+        name = trust.require(self._folder, record.check_reference(name))
+        with self._folder.lock(name):
+            template = self._folder.read(name, check_file=False)
+            if template is None:
+                raise exceptions.TemplateNotFound(name)
+            changed = change(template)
+            if changed != template:
+                self._folder.write(changed)
+        return changed

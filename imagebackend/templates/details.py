@@ -10,7 +10,7 @@ from typing import Any
 from imagebackend import exceptions
 from imagebackend.storage import qcow2
 from imagebackend.templates import fetching
-from imagebackend.templates.catalogue import Entry
+from imagebackend.templates.entries import Entry
 from imagebackend.templates.leases import Lease
 from imagebackend.templates.record import Template
 

@@ -67,24 +67,34 @@ class Arrival:
         self._folder = folder
         self._descriptor = descriptor
         self._target = target
-        self._published: str | None = None
+        self._path: str | None = None
+        self._mends = False
 
-    def publish(self, file: str) -> Template:
-        """Give the image its final name in the folder, which no other file has; return it, for the record.
+    def named(self, file: str, *, mends: bool = False) -> Template:
+        """Return the image as it is to be recorded once :meth:`publish` has given its file a name in the folder.
+
+        :param mends: a damaged file has that name, which should hold the same. Whoever has it open keeps it, and the
+            new one is not taken back: nothing is better off without it.
+        """
+        self._path, self._mends = self._folder.file(file), mends
+        found = os.stat(self.template.path, follow_symlinks=False)
+        return dataclasses.replace(
+            self.template, file=file, path=self._path, size=found.st_size, modified=found.st_mtime_ns
+        )
+
+    def publish(self) -> None:
+        """Give the image the name that was chosen, if one was.
 
         :raises InsufficientSpace, PermissionDenied, StorageError: it has not got the name.
         """
-        self._published = self._folder.file(file)
-        return self._commit(file, replace=False)
-
-    def mend(self, file: str) -> Template:
-        """Put the image in the place of a file that is damaged, and should hold the same; return it, for the record.
-
-        Whoever has the damaged file open keeps that. It is not taken back: nothing is better off without it.
-
-        :raises InsufficientSpace, PermissionDenied, StorageError: the damaged file may still be there.
-        """
-        return self._commit(file, replace=True)
+        if self._path is None:
+            return
+        durable = self._folder.conf.durable_writes
+        publish.commit(self._descriptor, self.template.path, self._path, durable=durable, replace=self._mends)
+        if self._target != self.template.path:
+            # Before the record: once the template is there, nobody looks for leftovers of its fetch.
+            publish.remove_file(self._target)
+        faults.point("template.fetch.published")
 
     def discard(self) -> None:
         """Remove the image: one that is there already will do.
@@ -96,19 +106,8 @@ class Arrival:
 
     def take_back_quietly(self) -> None:
         """Remove the file as an undo step, if it was published: the error that led here matters more."""
-        if self._published is not None:
-            publish.remove_quietly(self._published)
-
-    def _commit(self, file: str, *, replace: bool) -> Template:
-        path = self._folder.file(file)
-        durable = self._folder.conf.durable_writes
-        publish.commit(self._descriptor, self.template.path, path, durable=durable, replace=replace)
-        if self._target != self.template.path:
-            # Before the record: once the template is there, nobody looks for leftovers of its fetch.
-            publish.remove_file(self._target)
-        faults.point("template.fetch.published")
-        found = os.stat(path)
-        return dataclasses.replace(self.template, file=file, path=path, size=found.st_size, modified=found.st_mtime_ns)
+        if self._path is not None and not self._mends:
+            publish.remove_quietly(self._path)
 
 
 @contextlib.contextmanager

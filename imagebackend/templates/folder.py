@@ -71,6 +71,10 @@ class TemplateFolder:
         """Return the folder of the leases on a template's file."""
         return f"{self.path}/.leases/{file}"
 
+    def lock_file(self, kind: str, name: str) -> str:
+        """Return the lock file of a kind, ``template``, ``pull`` or ``verify``, for a template or a file of one."""
+        return f"{self.locks}/{kind}-{record.base_name(name)}"
+
     def lock(
         self, name: str, *, shared: bool = False, timeout: float | None = None
     ) -> contextlib.AbstractContextManager[None]:
@@ -80,17 +84,17 @@ class TemplateFolder:
         :raises LockTimeout: someone else held it all that time.
         """
         # Exclusive holders remove the lock file, so that none is left for a template that could not be fetched.
-        path = f"{self.locks}/template-{record.base_name(name)}"
+        path = self.lock_file("template", name)
         timeout = self.conf.lock_timeout if timeout is None else timeout
         return locks.hold(path, timeout=timeout, shared=shared, transient=not shared)
 
     def pull_lock(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Hold the lock under which a template that is there is fetched anew, while disks are made from it."""
-        return locks.hold(f"{self.locks}/pull-{name}", timeout=self.conf.lock_timeout, transient=True)
+        return locks.hold(self.lock_file("pull", name), timeout=self.conf.lock_timeout, transient=True)
 
     def verify_lock(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Hold the lock under which a template is read again, so that one does it at a time."""
-        return locks.hold(f"{self.locks}/verify-{name}", timeout=self.conf.lock_timeout, transient=True)
+        return locks.hold(self.lock_file("verify", name), timeout=self.conf.lock_timeout, transient=True)
 
     def is_recorded(self, name: str) -> bool:
         """Return whether a template is there."""
@@ -110,6 +114,29 @@ class TemplateFolder:
         :raises InsufficientSpace, PermissionDenied, StorageError: it is not, or still as it was recorded before.
         """
         record.write(self.record(template.name), template, durable=self.conf.durable_writes)
+
+    def prepare(self, template: Template) -> None:
+        """Write a template's record under a temporary name, for :meth:`publish_prepared`; until then it says whose
+        the file is.
+
+        :raises InsufficientSpace, PermissionDenied, StorageError: nothing has changed.
+        """
+        record.prepare(self.record(template.name), template, durable=self.conf.durable_writes)
+
+    def publish_prepared(self, name: str) -> None:
+        """Do what remains for a template to be recorded.
+
+        :raises PermissionDenied, StorageError: it is not, or still as it was recorded before.
+        """
+        record.publish_prepared(self.record(name), durable=self.conf.durable_writes)
+
+    def restore(self, template: Template) -> None:
+        """Record a template as it was before, as an undo step: a sync of the records that failed is not tried again.
+
+        :raises InsufficientSpace, PermissionDenied, StorageError: it is recorded as it was changed.
+        """
+        self.prepare(template)
+        record.publish_prepared(self.record(template.name), durable=False)
 
     def rewrite(
         self, template: Template, event: str, detail: str = "", *, timeout: float | None = None, **changes: Any
@@ -134,6 +161,29 @@ class TemplateFolder:
         """
         return publish.remove_file(self.record(name))
 
+    def set_aside(self, name: str) -> bool:
+        """Give a template's record a temporary name, so that the template is not there; return whether it was.
+
+        What has that name says whose the file is, until :meth:`forget_prepared`.
+
+        :raises PermissionDenied, StorageError: it is still there.
+        """
+        path = self.record(name)
+        try:
+            os.rename(path, publish.partial_path(path))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise exceptions.storage_error(error, path) from error
+        return True
+
+    def forget_prepared(self, name: str) -> bool:
+        """Remove a record that has only its temporary name; return whether there was one.
+
+        :raises PermissionDenied, StorageError: it is still there.
+        """
+        return publish.remove_file(publish.partial_path(self.record(name)))
+
     def names(self) -> Sequence[str]:
         """Return the names of all records, sorted, whether they are sound or not.
 
@@ -148,24 +198,27 @@ class TemplateFolder:
             raise exceptions.storage_error(error, folder) from error
         return sorted(name.removesuffix(".json") for name in entries if not name.startswith("."))
 
-    def generations(self, name: str) -> Sequence[str]:
+    def generations(self, name: str, listed: Sequence[str] | None = None) -> Sequence[str]:
         """Return the names of the templates that had a name before, sorted.
 
+        :param listed: the names of the records to look among; None: all.
         :raises PermissionDenied, StorageError: the folder cannot be read.
         """
-        return [each for each in self.names() if each.startswith(f"{record.base_name(name)}@")]
+        prefix = f"{record.base_name(name)}@"
+        return [each for each in (self.names() if listed is None else listed) if each.startswith(prefix)]
 
-    def leftovers(self, name: str) -> Sequence[str]:
+    def leftovers(self, name: str, listed: Sequence[str] | None = None) -> Sequence[str]:
         """Return the names whose records say what had a name before, though its file is that of the template of today.
 
         A process that was killed while it replaced one by the other leaves such a record.
 
+        :param listed: the names of the records to look among; None: all.
         :raises PermissionDenied, StorageError: the folder cannot be read.
         """
         base, found = record.base_name(name), []
         with contextlib.suppress(exceptions.CorruptRecord):
             current = self.read(base, check_file=False)
-            for each in self.generations(base) if current is not None else ():
+            for each in self.generations(base, listed) if current is not None else ():
                 with contextlib.suppress(exceptions.CorruptRecord):
                     former = self.read(each, check_file=False)
                     if former is not None and current is not None and former.file == current.file:

@@ -40,8 +40,10 @@ def fetch_new(folder: TemplateFolder, request: Request) -> Template:
     _refuse_unrecorded(folder, name)
     with fetching.arriving(folder, request, name) as arrival, contextlib.ExitStack() as undo:
         template = _place(folder, arrival, None)
+        folder.prepare(template)
         undo.callback(_forget_quietly, folder, name)
-        folder.write(template)
+        arrival.publish()
+        folder.publish_prepared(name)
         faults.point("template.fetch.recorded")
         undo.pop_all()
     _forget_leftovers(folder, name)
@@ -71,6 +73,9 @@ def replace(folder: TemplateFolder, request: Request, seen: Template) -> Templat
 def _take_name(folder: TemplateFolder, arrival: Arrival, current: Template | None) -> Template:
     template = _place(folder, arrival, current)
     with contextlib.ExitStack() as undo:
+        folder.prepare(template)
+        undo.callback(_forget_prepared_quietly, folder, template.name)
+        arrival.publish()
         undo.callback(_restore_quietly, folder, template.name, current)
         if current is not None and current.file != template.file:
             old = record.generation(current.name, current.digest)
@@ -78,14 +83,14 @@ def _take_name(folder: TemplateFolder, arrival: Arrival, current: Template | Non
             undo.callback(_forget_quietly, folder, old)
             folder.write(current.after("superseded", detail, name=old, superseded=record.now(), pinned=False))
             faults.point("template.pull.superseded")
-        folder.write(template)
+        folder.publish_prepared(template.name)
         faults.point("template.pull.recorded")
         undo.pop_all()
     return template
 
 
 def _place(folder: TemplateFolder, arrival: Arrival, current: Template | None) -> Template:
-    """Publish an image's file, unless there is one with the same content; return the image under its name."""
+    """Choose where an image's file goes, unless one with the same content is there; return it for the record."""
     arrived = arrival.template
     if current is not None:
         arrived = dataclasses.replace(arrived, **{name: getattr(current, name) for name in _OF_THE_NAME})
@@ -100,7 +105,7 @@ def _place(folder: TemplateFolder, arrival: Arrival, current: Template | None) -
     if current is not None or folder.find(file) is not None:
         file = record.generation(arrived.name, arrived.digest)
     _refuse_unrecorded(folder, file)
-    placed = arrival.publish(file)
+    placed = arrival.named(file)
     return dataclasses.replace(placed, **{name: getattr(arrived, name) for name in _OF_THE_NAME})
 
 
@@ -113,7 +118,7 @@ def _kept(folder: TemplateFolder, arrival: Arrival, there: Template, arrived: Te
         detail = "the same image"
     except exceptions.CorruptRecord as error:
         LOG.warning("template %s was damaged, and is replaced by the same image: %s", there.name, error)
-        there = arrival.mend(there.file)
+        there = arrival.named(there.file, mends=True)
         detail = "the same image, in place of a damaged file"
     of_the_file = {name: getattr(there, name) for name in _OF_THE_FILE}
     return dataclasses.replace(arrived, **of_the_file, history=history).after("refetched", detail)
@@ -153,10 +158,17 @@ def _restore_quietly(folder: TemplateFolder, name: str, template: Template | Non
         if template is None:
             folder.forget(name)
         else:
-            folder.write(template)
+            folder.restore(template)
 
 
 def _forget_quietly(folder: TemplateFolder, name: str) -> None:
     # An undo step: the error that led here matters more. The record goes before the file, as when it is removed.
     with contextlib.suppress(exceptions.ImageBackendError):
         folder.forget(name)
+        folder.forget_prepared(name)
+
+
+def _forget_prepared_quietly(folder: TemplateFolder, name: str) -> None:
+    # An undo step, as above.
+    with contextlib.suppress(exceptions.ImageBackendError):
+        folder.forget_prepared(name)

@@ -25,8 +25,12 @@ __all__ = [
     "check_reference",
     "file_status",
     "generation",
+    "is_generation",
     "now",
+    "prepare",
+    "publish_prepared",
     "read",
+    "read_prepared",
     "seconds",
     "write",
 ]
@@ -183,12 +187,17 @@ def base_name(name: str) -> str:
     return name.partition("@")[0]
 
 
+def is_generation(name: str) -> bool:
+    """Return whether a name, or that of a file, is one that :func:`generation` gives."""
+    return _GENERATION.match(name.partition("@")[2]) is not None
+
+
 def check_reference(name: object) -> str:
     """Return what may mean a template: a name, or ``NAME@DIGITS``.
 
     :raises InvalidName: it can mean none.
     """
-    if isinstance(name, str) and "@" in name and _GENERATION.match(name.partition("@")[2]):
+    if isinstance(name, str) and is_generation(name):
         names.check_name("template", base_name(name))
         return name
     return names.check_name("template", name)
@@ -200,13 +209,30 @@ def write(record_path: str, template: Template, *, durable: bool) -> None:
     :raises InvalidArgument: it would be larger than what is read again.
     :raises InsufficientSpace, PermissionDenied, StorageError: it is not.
     """
+    prepare(record_path, template, durable=durable)
+    publish_prepared(record_path, durable=durable)
+
+
+def prepare(record_path: str, template: Template, *, durable: bool) -> None:
+    """Write a record under a temporary name: it says whose a file is that has no record yet, or no longer.
+
+    :raises InvalidArgument, InsufficientSpace, PermissionDenied, StorageError: as for :func:`write`.
+    """
     fields = {"version": _VERSION, **template.as_dict()}
     del fields["path"]
     content = json.dumps(fields, indent=1).encode() + b"\n"
     if len(content) >= _LARGEST:
         reason = f"its labels and notes take too much: {len(content)} bytes, {_LARGEST - 1} at most"
         raise exceptions.InvalidArgument(f"the record of template {template.name}: {reason}")
-    publish.write_file(record_path, content, durable=durable)
+    publish.prepare_file(record_path, content, durable=durable)
+
+
+def publish_prepared(record_path: str, *, durable: bool) -> None:
+    """Give a record of :func:`prepare` its name; from now on the template is there.
+
+    :raises PermissionDenied, StorageError: it is not.
+    """
+    publish.publish_prepared(record_path)
     if durable:
         publish.sync_folder(os.path.dirname(record_path))
 
@@ -227,6 +253,15 @@ def read(record_path: str, folder: str, *, check_file: bool = True) -> Template 
     if check_file:
         file_status(template)
     return template
+
+
+def read_prepared(record_path: str, folder: str) -> Template | None:
+    """Return what a record says that has only its temporary name; None: there is none, or it says nothing."""
+    try:
+        content = publish.read_file(publish.partial_path(record_path), _LARGEST)
+        return None if content is None else _parse(record_path, folder, content)
+    except exceptions.ImageBackendError:
+        return None
 
 
 def _parse(record_path: str, folder: str, content: bytes) -> Template:

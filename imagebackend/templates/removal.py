@@ -43,17 +43,18 @@ def remove(folder: TemplateFolder, name: str) -> bool:
     if found:
         raise exceptions.TemplateInUse(name, found)
     files = _files(folder, name)
-    # The record goes first: from then on nothing but a file without a meaning is left.
+    # The record goes first: from then on nothing but a file is left, and what says whose it is.
     if record.base_name(name) == name:
         for leftover in leftovers:
             folder.forget(leftover)
-    there = folder.forget(name)
+    there = folder.set_aside(name)
     faults.point("template.remove.record")
     for file in files:
         there |= publish.remove_file(folder.file(file))
     faults.point("template.remove.file")
     there |= download.remove(folder.download(name))
     there |= publish.remove_file(publish.partial_path(folder.file(name)))
+    there |= folder.forget_prepared(name)
     for file in files:
         with contextlib.suppress(OSError):
             os.rmdir(folder.leases(file))

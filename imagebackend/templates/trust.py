@@ -13,7 +13,7 @@ from imagebackend.templates.fetching import Progress
 from imagebackend.templates.folder import TemplateFolder
 from imagebackend.templates.record import Template
 
-__all__ = ["resolve", "trusted", "usable"]
+__all__ = ["require", "resolve", "trusted", "usable"]
 
 
 def resolve(folder: TemplateFolder, name: str) -> str:
@@ -25,6 +25,18 @@ def resolve(folder: TemplateFolder, name: str) -> str:
         return name if found is None else found.name
     tagged = tags.read(folder.tags, name)
     return name if tagged is None or not folder.is_recorded(tagged) else tagged
+
+
+def require(folder: TemplateFolder, name: str, hint: str = "") -> str:
+    """Return the name of the template that is meant.
+
+    :param hint: what to do if there is none.
+    :raises TemplateNotFound: there is none.
+    """
+    name = resolve(folder, name)
+    if not folder.is_recorded(name):
+        raise exceptions.TemplateNotFound(name, hint)
+    return name
 
 
 def trusted(folder: TemplateFolder, name: str, size: int | None) -> Template | None:

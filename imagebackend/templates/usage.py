@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imagebackend import exceptions
-from imagebackend.templates.catalogue import Entry
+from imagebackend.templates.entries import Entry
 from imagebackend.templates.folder import TemplateFolder
 
 __all__ = ["Part", "Usage", "usage"]

@@ -132,6 +132,19 @@ def clone(store: Store) -> None:
     store.backend.image("cloned", "disk").clone(None, location)
 
 
+def once_used(store: Store) -> None:
+    """A template, also in the store's own form, whose only disk is gone, and what was left of another one."""
+    store.make().remove()
+    (store.folder / "_base" / ".other.download").write_bytes(b"left")
+
+
+def prune(store: Store) -> None:
+    templates = store.backend.templates
+    report = templates.prune(templates.policy(minimum_age=0, native_minimum_age=0))
+    for _, error in report.failed:
+        raise error
+
+
 OPERATIONS = {
     "create, cold": Operation(nothing, make),
     "create, cold, from qcow2": Operation(nothing, make_cold_converted),
@@ -160,6 +173,7 @@ OPERATIONS = {
     "pull": Operation(another_image, pull),
     "pull back": Operation(pulled, pull_back),
     "remove template": Operation(template, remove_template, done=(exceptions.TemplateNotFound,)),
+    "prune": Operation(once_used, prune),
 }
 
 

@@ -39,6 +39,7 @@ NEEDLESS = {
     r'unlink\(".*/locks/': "a lock file that stays is harmless: the kernel's lock decides",
     r'unlink\(".*\.download"': "it has been renamed, so there is nothing to undo",
     r'rmdir\(".*/\.leases/': "an empty folder of leases means nothing",
+    r'openat\(.*\.download\.part"': "the part of an image that nobody can go on with is swept up",
     r"openat\(.*O_TMPFILE": "tempfile makes a file with a name instead",
     r"openat\(.*/locks/(disk|record)-.*ENOSPC": "only to remove a disk: that is what makes room",
     r"(openat|unlink)\(.*/\.records.*EIO": "to forget what a killed pull may have left, which the next pull does, too",
@@ -57,6 +58,7 @@ IN_PLACE = (
     "import over a disk",
     "remove",
     "remove template",
+    "prune",
 )
 
 

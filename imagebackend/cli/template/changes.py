@@ -56,7 +56,7 @@ def tag(session: Session, name: str, tag: str) -> None:
 
     A TAG that another template has is moved. Disks can be made from a template by its tags as by its name.
     """
-    session.backend.templates.tag(name, tag)
+    session.backend.templates.catalogue.tag(name, tag)
     session.show({"name": name, "tag": tag}, f"template {name} is {tag}, too")
 
 
@@ -68,7 +68,7 @@ def untag(session: Session, tags: tuple[str, ...]) -> None:
     tally = Tally(session)
     for each in tags:
         with tally.one(each, f"tag {each} taken away"):
-            session.backend.templates.untag(each)
+            session.backend.templates.catalogue.untag(each)
     tally.finish("tags")
 
 
@@ -87,7 +87,7 @@ def label(session: Session, name: str, labels: tuple[str, ...], removed: tuple[s
         changes[key] = value
     if not changes:
         raise click.UsageError("labels to give, or --remove, are needed")
-    found = session.backend.templates.label(name, changes).labels
+    found = session.backend.templates.catalogue.label(name, changes).labels
     text = ", ".join(f"{key}={value}" for key, value in sorted(found.items())) or "none"
     session.show({"name": name, "labels": dict(found)}, f"labels of template {name}: {text}")
 
@@ -100,7 +100,7 @@ def pin(session: Session, names: tuple[str, ...]) -> None:
     tally = Tally(session)
     for name in names:
         with tally.one(name, f"template {name} pinned"):
-            session.backend.templates.pin(name)
+            session.backend.templates.catalogue.pin(name)
     tally.finish("templates")
 
 
@@ -112,5 +112,5 @@ def unpin(session: Session, names: tuple[str, ...]) -> None:
     tally = Tally(session)
     for name in names:
         with tally.one(name, f"template {name} unpinned"):
-            session.backend.templates.pin(name, pinned=False)
+            session.backend.templates.catalogue.pin(name, pinned=False)
     tally.finish("templates")

@@ -17,7 +17,7 @@ from imagebackend.cli.parameters import complete_template
 from imagebackend.cli.session import Session
 
 if TYPE_CHECKING:
-    from imagebackend.templates.catalogue import Entry
+    from imagebackend.templates.entries import Entry
 
 __all__ = ["du", "inspect", "list_", "show"]
 
@@ -46,7 +46,7 @@ def list_(
     OWN is the storage that removing a template gives back, SHARED what its file shares with others, such as the disks
     that are reflinks of it.
     """
-    from imagebackend.templates.catalogue import Filter
+    from imagebackend.templates.entries import Filter
 
     wanted = Filter(
         in_use=in_use,
@@ -57,7 +57,7 @@ def list_(
         disk_format=disk_format,
         names=_made_ahead(session, image_type),
     )
-    entries = session.backend.templates.entries(wanted)
+    entries = session.backend.templates.catalogue.entries(wanted)
     session.show(_listed(entries), _table(entries))
 
 
@@ -66,7 +66,7 @@ def list_(
 @click.pass_obj
 def show(session: Session, name: str) -> None:
     """Show what a template is, where it came from, and the disks that depend on it."""
-    shown = session.backend.templates.inspect(name)
+    shown = session.backend.templates.catalogue.inspect(name)
     session.show(shown, output.facts(_facts(shown)))
 
 
@@ -75,7 +75,7 @@ def show(session: Session, name: str) -> None:
 @click.pass_obj
 def inspect(session: Session, names: tuple[str, ...]) -> None:
     """Show everything that is known of templates: the whole record, details of the format, the history."""
-    found = [session.backend.templates.inspect(name) for name in names]
+    found = [session.backend.templates.catalogue.inspect(name) for name in names]
     text = "\n\n".join(output.facts([*_facts(each), *_more_facts(each)]) for each in found)
     session.show({"templates": found}, text)
 
@@ -88,7 +88,7 @@ def du(session: Session) -> None:
     RECLAIMABLE is what pruning gives back if age does not matter: templates that no disk depends on, and that are not
     pinned.
     """
-    usage = session.backend.templates.usage()
+    usage = session.backend.templates.catalogue.usage()
     rows = [
         (kind, str(part.count), human_size(part.allocated), human_size(part.own), human_size(part.reclaimable))
         for kind, part in usage.parts.items()
@@ -114,7 +114,7 @@ def _time(session: Session, text: str | None, *, after: bool = False) -> float |
     try:
         return datetime.datetime.fromisoformat(text).timestamp()
     except ValueError:
-        template = session.backend.templates.entry(text).template
+        template = session.backend.templates.catalogue.entry(text).template
     if template is None:
         raise exceptions.TemplateNotFound(text, "its record is damaged")
     # Records are in whole seconds.

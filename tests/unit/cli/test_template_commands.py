@@ -251,6 +251,55 @@ def test_a_damaged_template_is_shown_with_what_is_wrong(command: Command) -> Non
     assert command.run("disk", "create", "vm1", "disk", "--template", "base").exit_code == 1
 
 
+def test_what_would_be_pruned_is_shown_with_the_reason_for_each(command: Command) -> None:
+    for name in ("old", "used", "pinned"):
+        command.done("template", "add", "--name", name, command.raw_image())
+    command.done("disk", "create", "vm1", "disk", "--template", "used")
+    command.done("template", "pin", "pinned")
+
+    planned = command.json("template", "prune", "--dry-run", "--older-than", "0")
+    reasons = {each["name"]: (each["remove"], each["reason"]) for each in planned["decisions"]}
+    assert reasons["used"] == (False, "in use by 1 disk")
+    assert reasons["pinned"] == (False, "pinned")
+    assert reasons["old"][0] is True
+    assert (planned["dry_run"], planned["removed"], planned["reclaimed"]) == (True, [], 0)
+    lines = command.done("template", "prune", "--dry-run", "--older-than", "0s").splitlines()
+    assert [line.split()[:2] for line in lines[1:-1]] == [["remove", "old"], ["keep", "pinned"], ["keep", "used"]]
+    assert lines[-1].startswith("would remove 1 of 3 templates, ")
+    assert command.done("template", "prune").splitlines()[-1] == "removed 0 of 3 templates, 0 B"
+
+    pruned = command.json("template", "prune", "--older-than", "0")
+    assert [each["name"] for each in pruned["removed"]] == ["old"]
+    assert pruned["reclaimed"] == pruned["removed"][0]["own"] > 0
+    assert [each["name"] for each in command.json("template", "list")["templates"]] == ["pinned", "used"]
+
+
+def test_pruning_is_off_unless_somebody_asks_for_it(command: Command) -> None:
+    command.configure("[image_cache]", "remove_unused_base_images = false")
+    command.done("template", "add", "--name", "base", command.raw_image())
+    assert command.json("template", "prune")["removed"] == []
+    assert len(command.json("template", "prune", "--total-size", "1")["removed"]) == 1
+
+
+@pytest.mark.parametrize("age", ["", "1w", "-1", "1.5h", "h", "1 d"])
+def test_an_age_that_is_none_is_wrong_usage(command: Command, age: str) -> None:
+    assert command.run("template", "prune", "--older-than", age).exit_code == 2
+
+
+def test_what_cannot_be_pruned_is_told_and_does_not_keep_the_rest(command: Command) -> None:
+    for name in ("first", "second"):
+        command.done("template", "add", "--name", name, command.raw_image())
+    (command.instances / "_base" / "first").unlink()
+    (command.instances / "_base" / "first").mkdir()
+    result = command.run("template", "prune", "--older-than", "0")
+    assert result.exit_code == 1
+    assert "imagebackend: first: " in result.stderr
+    assert result.stdout.splitlines()[-1].startswith("removed 1 of 2 templates, ")
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:-1]] == ["kept", "remove"]
+    document = command.json("template", "prune", "--older-than", "0")
+    assert document["failed"][0]["error"]["type"] == "StorageError"
+
+
 def test_progress_of_adding_is_told_in_lines_on_stderr(command: Command) -> None:
     result = command.run("template", "add", "--name", "base", command.raw_image())
 

@@ -14,8 +14,8 @@ import pytest
 
 from imagebackend import exceptions
 from imagebackend.storage import extents
-from imagebackend.templates import catalogue, record
-from imagebackend.templates.catalogue import Entry, Filter
+from imagebackend.templates import entries, record
+from imagebackend.templates.entries import Entry, Filter
 from imagebackend.templates.leases import Owner
 from tests.functional import filesystems
 from tests.functional.image_building import make_disk
@@ -84,11 +84,11 @@ class TestFilters:
 
 class TestEntries:
     def entries(self, cache: Cache, **options: Any) -> dict[str, Entry]:
-        return {entry.name: entry for entry in cache.cache.entries(Filter(**options))}
+        return {entry.name: entry for entry in cache.cache.catalogue.entries(Filter(**options))}
 
     def test_an_empty_cache(self, cache):
         assert self.entries(cache) == {}
-        usage = cache.cache.usage()
+        usage = cache.cache.catalogue.usage()
         assert (usage.free, usage.total) == (0, 0)
         assert {kind: part.count for kind, part in usage.parts.items()} == {"templates": 0, "dangling": 0, "other": 0}
 
@@ -99,7 +99,7 @@ class TestEntries:
         (cache.folder / "_base/.records/damaged.json").write_text("{")
         cache.fetch("short")
         os.truncate(cache.folder / "_base/short", 4096)
-        cache.cache.tag("used", "stable")
+        cache.cache.catalogue.tag("used", "stable")
         locks = sorted(os.listdir(cache.folder / "locks"))
         found = self.entries(cache)
         assert list(found) == ["damaged", "short", "used"]
@@ -133,10 +133,10 @@ class TestEntries:
     def test_what_is_shared_with_disks_is_told(self, xfs_folder):
         cache = Cache(xfs_folder)
         template = cache.fetch()
-        assert cache.cache.entry("template").shared == 0
+        assert cache.cache.catalogue.entry("template").shared == 0
         disk = cache.folder / "disk"
         subprocess.run(["cp", "--reflink=always", template.path, disk], check=True)
-        entry = cache.cache.entry("template")
+        entry = cache.cache.catalogue.entry("template")
         assert entry.shared == filesystems.shared(Path(template.path)) > 0
         assert entry.own == entry.allocated - entry.shared
         shutil.rmtree(xfs_folder)
@@ -145,11 +145,11 @@ class TestEntries:
         cache.fetch("used")
         cache.cache.lease("used", OWNER)
         cache.fetch("pinned")
-        cache.cache.pin("pinned")
+        cache.cache.catalogue.pin("pinned")
         cache.cache.pull("template", cache.source("image", ONE))
         cache.cache.pull("template", cache.source("image", TWO), "always")
         (cache.folder / "_base/.gone.download").write_bytes(b"x" * MIB)
-        usage = cache.cache.usage()
+        usage = cache.cache.catalogue.usage()
         allocated = {name: part.allocated for name, part in usage.parts.items()}
         one = MIB  # of data without holes
         assert {name: part.count for name, part in usage.parts.items()} == {"templates": 3, "dangling": 1, "other": 1}
@@ -198,10 +198,10 @@ class TestExtents:
 class TestChanges:
     def test_labels_are_given_and_taken_away(self, cache):
         template = cache.fetch()
-        labelled = cache.cache.label("template", {"os": "debian", "org.example/x": "1"})
+        labelled = cache.cache.catalogue.label("template", {"os": "debian", "org.example/x": "1"})
         assert labelled == cache.cache.get("template") == dataclasses.replace(template, labels=labelled.labels)
         assert labelled.labels == {"os": "debian", "org.example/x": "1"}
-        assert cache.cache.label("template", {"os": None, "none": None, "x": ""}).labels == {
+        assert cache.cache.catalogue.label("template", {"os": None, "none": None, "x": ""}).labels == {
             "org.example/x": "1",
             "x": "",
         }
@@ -213,19 +213,19 @@ class TestChanges:
     def test_labels_that_nothing_can_have_are_refused(self, cache, labels):
         template = cache.fetch()
         with pytest.raises(exceptions.InvalidArgument):
-            cache.cache.label("template", {"good": "x", **labels})
+            cache.cache.catalogue.label("template", {"good": "x", **labels})
         assert cache.cache.get("template") == template
 
     def test_too_many_labels_are_refused(self, cache):
         template = cache.fetch()
         with pytest.raises(exceptions.InvalidArgument, match="labels and notes take too much"):
-            cache.cache.label("template", {f"label{number}": "x" * 1000 for number in range(70)})
+            cache.cache.catalogue.label("template", {f"label{number}": "x" * 1000 for number in range(70)})
         assert cache.cache.get("template") == template
 
     def test_a_pin_is_set_and_taken_out(self, cache):
         cache.fetch()
         for pinned in (True, True, False, False):
-            assert cache.cache.pin("template", pinned=pinned).pinned is pinned
+            assert cache.cache.catalogue.pin("template", pinned=pinned).pinned is pinned
         assert [each.event for each in cache.cache.get("template").history] == ["fetched", "pinned", "unpinned"]
 
     def test_a_damaged_file_can_be_labelled_and_what_is_absent_cannot(self, cache):
@@ -233,8 +233,11 @@ class TestChanges:
         damage(template.path)
         with pytest.raises(exceptions.CorruptTemplate):
             cache.cache.verify("template")
-        assert cache.cache.label("template", {"ticket": "7"}).quarantined
-        for act in (lambda: cache.cache.label("none", {"a": "b"}), lambda: cache.cache.pin("none")):
+        assert cache.cache.catalogue.label("template", {"ticket": "7"}).quarantined
+        for act in (
+            lambda: cache.cache.catalogue.label("none", {"a": "b"}),
+            lambda: cache.cache.catalogue.pin("none"),
+        ):
             with pytest.raises(exceptions.TemplateNotFound):
                 act()
 
@@ -243,7 +246,7 @@ class TestInspecting:
     def test_a_kept_qcow2_template_says_what_its_header_does(self, tmp_path):
         cache = Cache(tmp_path, force_raw_images=False)
         cache.fetch(source=cache.image("qcow2", "-o", "cluster_size=131072,compression_type=zstd"))
-        found = cache.cache.inspect("template")
+        found = cache.cache.catalogue.inspect("template")
         assert found["format_details"] == {
             "version": 3,
             "cluster_size": 131072,
@@ -255,21 +258,21 @@ class TestInspecting:
     def test_everything_is_there(self, cache):
         template = cache.fetch()
         cache.cache.lease("template", OWNER)
-        cache.cache.tag("template", "stable")
-        found = cache.cache.inspect("stable")
+        cache.cache.catalogue.tag("template", "stable")
+        found = cache.cache.catalogue.inspect("stable")
         assert found | template.as_dict() == found
         assert found["users"] == [dataclasses.asdict(OWNER)]
         assert (found["tags"], found["user_count"], found["damage"]) == (["stable"], 1, None)
         assert found["age"] >= 0
         damage(template.path)
         os.truncate(template.path, 0)
-        assert "0 bytes, recorded are" in cache.cache.inspect("template")["damage"]
+        assert "0 bytes, recorded are" in cache.cache.catalogue.inspect("template")["damage"]
         (cache.folder / "_base/.records/template.json").write_text("{")
         with pytest.raises(exceptions.CorruptRecord):
-            cache.cache.inspect("template")
+            cache.cache.catalogue.inspect("template")
 
     def test_an_entry_of_nothing(self, cache):
-        assert catalogue.entry_of(cache.cache._folder, "none", ()) is None
-        for act in (cache.cache.entry, cache.cache.inspect):
+        assert entries.entry_of(cache.cache._folder, "none", ()) is None
+        for act in (cache.cache.catalogue.entry, cache.cache.catalogue.inspect):
             with pytest.raises(exceptions.TemplateNotFound):
                 act("none")

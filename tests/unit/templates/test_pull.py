@@ -258,14 +258,13 @@ class TestReplacing:
     def test_what_cannot_be_recorded_leaves_everything_as_it_was(self, cache, monkeypatch):
         first = cache.cache.pull("template", cache.source("image", ONE))
         before = cache.files()
-        write = cache.cache._folder.write
+        publish = cache.cache._folder.publish_prepared
 
-        def fail(template: Any) -> None:
-            write(template)
-            if template.name == "template" and template.file != "template":
-                raise exceptions.StorageError("template.json", "may not last")
+        def fail(name: str) -> None:
+            publish(name)
+            raise exceptions.StorageError("template.json", "may not last")
 
-        monkeypatch.setattr(cache.cache._folder, "write", fail)
+        monkeypatch.setattr(cache.cache._folder, "publish_prepared", fail)
         with pytest.raises(exceptions.StorageError, match="may not last"):
             cache.cache.pull("template", cache.source("image", TWO), "always")
         assert cache.files() == before
@@ -316,8 +315,8 @@ class Counting(Source):
 class TestTags:
     def test_a_tag_is_another_name(self, cache):
         template = cache.fetch("debian-12.5")
-        cache.cache.tag("debian-12.5", "stable")
-        assert cache.cache.tags() == {"stable": "debian-12.5"}
+        cache.cache.catalogue.tag("debian-12.5", "stable")
+        assert cache.cache.catalogue.tags() == {"stable": "debian-12.5"}
         assert cache.cache.get("stable") == template
         assert cache.fetch("stable") == template
         with cache.cache.use("stable") as used, cache.cache.use("stable", cache.fetcher()) as again:
@@ -329,49 +328,49 @@ class TestTags:
     def test_a_tag_is_moved_and_taken_away(self, cache):
         cache.fetch("one")
         two = cache.fetch("two")
-        cache.cache.tag("one", "stable")
-        cache.cache.tag("two", "stable")
+        cache.cache.catalogue.tag("one", "stable")
+        cache.cache.catalogue.tag("two", "stable")
         assert cache.cache.get("stable") == two
-        cache.cache.untag("stable")
-        assert cache.cache.tags() == {}
+        cache.cache.catalogue.untag("stable")
+        assert cache.cache.catalogue.tags() == {}
         with pytest.raises(exceptions.TemplateNotFound):
             cache.cache.get("stable")
         with pytest.raises(exceptions.TemplateNotFound, match="there is no such tag"):
-            cache.cache.untag("stable")
+            cache.cache.catalogue.untag("stable")
         assert cache.cache.get("two") == two
 
     def test_a_tag_of_a_tag_is_one_of_the_template(self, cache):
         cache.fetch("one")
-        cache.cache.tag("one", "stable")
-        cache.cache.tag("stable", "newest")
-        assert cache.cache.tags() == {"newest": "one", "stable": "one"}
+        cache.cache.catalogue.tag("one", "stable")
+        cache.cache.catalogue.tag("stable", "newest")
+        assert cache.cache.catalogue.tags() == {"newest": "one", "stable": "one"}
 
     def test_tags_follow_the_name_and_go_with_it(self, cache):
         cache.cache.pull("template", cache.source("image", ONE))
-        cache.cache.tag("template", "stable")
+        cache.cache.catalogue.tag("template", "stable")
         second = cache.cache.pull("template", cache.source("image", TWO), "always")
         assert cache.cache.get("stable") == second
         cache.cache.remove(cache.generations()[0])
         assert cache.cache.get("stable") == second
         cache.cache.remove("template")
-        assert cache.cache.tags() == {}
+        assert cache.cache.catalogue.tags() == {}
 
     def test_names_and_tags_do_not_take_each_others_place(self, cache):
         cache.fetch("one")
         cache.fetch("two")
         with pytest.raises(exceptions.TemplateExists, match="a template has that name"):
-            cache.cache.tag("one", "two")
-        cache.cache.tag("one", "stable")
+            cache.cache.catalogue.tag("one", "two")
+        cache.cache.catalogue.tag("one", "stable")
         with pytest.raises(exceptions.TemplateExists, match="it is a tag of one"):
             cache.cache.pull("stable", cache.source("image", TWO), "always")
         with pytest.raises(exceptions.TemplateNotFound):
             cache.cache.remove("stable")
         with pytest.raises(exceptions.TemplateNotFound):
-            cache.cache.tag("none", "newest")
+            cache.cache.catalogue.tag("none", "newest")
 
     def test_a_tag_of_what_is_gone_means_nothing(self, cache):
         cache.fetch("one")
-        cache.cache.tag("one", "stable")
+        cache.cache.catalogue.tag("one", "stable")
         os.unlink(cache.folder / "_base/.records/one.json")
         with pytest.raises(exceptions.TemplateNotFound):
             cache.cache.get("stable")
@@ -380,6 +379,6 @@ class TestTags:
     @pytest.mark.parametrize("name", ["", "../x", ".x", "a@0123456789abcdef"])
     def test_hostile_tags_are_refused(self, cache, name):
         cache.fetch("one")
-        for act in (lambda: cache.cache.tag("one", name), lambda: cache.cache.untag(name)):
+        for act in (lambda: cache.cache.catalogue.tag("one", name), lambda: cache.cache.catalogue.untag(name)):
             with pytest.raises(exceptions.InvalidName):
                 act()
