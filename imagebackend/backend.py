@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from oslo_config import cfg
 
 from imagebackend import exceptions, names
-from imagebackend.images import disk_info
+from imagebackend.images import dependents, disk_info
 from imagebackend.images.base import Image
 from imagebackend.templates.cache import TemplateCache
+from imagebackend.templates.lease_book import Evidence, Rebuilt
 from imagebackend.templates.leases import Owner
 from imagebackend.templates.native import NativeTemplates
 
@@ -140,6 +142,26 @@ class Backend:
                 yield from self._disks_of(entry)
             except (exceptions.CorruptRecord, exceptions.InvalidName) as error:
                 LOG.warning("the disks of %s are left out: %s", entry, error)
+
+    def rebuild_leases(self, domains: Iterable[str] = (), *image_types: str) -> Rebuilt:
+        """Make the leases that disks need and do not have, and drop those of this host that nothing needs.
+
+        The disks themselves are asked: headers of files under ``instances_path``, and what the stores know of clones.
+
+        :param domains: the XML of libvirt's domains, whose disks may be elsewhere.
+        :param image_types: the stores to ask, too; none: that of the configured type.
+        :raises PermissionDenied, StorageError: the folder of the disks, or the leases, cannot be read.
+        """
+        evidence = Evidence()
+        dependents.look_at_folder(self.conf, evidence)
+        for xml in domains:
+            dependents.look_at_domain(self.conf, xml, evidence)
+        for store in self.native_templates(*image_types):
+            try:
+                evidence.natives += store.list()
+            except exceptions.ImageBackendError as error:
+                evidence.failed.append((store.image_type, error))
+        return self.templates.lease_book.rebuild(evidence, functools.partial(dependents.needs, self.conf))
 
     def _is_gone(self, owner: Owner) -> bool:
         """Return whether a disk of this host, which nobody makes or changes meanwhile, is provably not there."""

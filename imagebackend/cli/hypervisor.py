@@ -9,7 +9,7 @@ from typing import Any
 
 from imagebackend import exceptions
 
-__all__ = ["connection", "default_uri", "domain"]
+__all__ = ["connection", "default_uri", "descriptions", "domain"]
 
 _DRIVERS = {"kvm": "qemu", "qemu": "qemu", "lxc": "lxc", "parallels": "parallels"}
 
@@ -38,6 +38,25 @@ def connection(uri: str) -> Iterator[Any]:
     finally:
         with contextlib.suppress(libvirt.libvirtError):
             opened.close()
+
+
+def descriptions(connection: Any) -> list[str]:
+    """Return the XML of all domains, defined or running; of one that is both, as it runs and as it will.
+
+    :raises ImageBackendError: libvirt does not tell.
+    """
+    import libvirt
+
+    found = []
+    try:
+        for domain in connection.listAllDomains():
+            with contextlib.suppress(libvirt.libvirtError):  # undefined since it was listed
+                found.append(domain.XMLDesc())
+                if domain.isActive() and domain.isPersistent():
+                    found.append(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    except libvirt.libvirtError as error:
+        raise exceptions.ImageBackendError(f"libvirt does not tell which domains there are: {error}") from error
+    return found
 
 
 def domain(connection: Any, name: str) -> Any:

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -30,6 +29,7 @@ from imagebackend.templates.catalogue import HINT, Catalogue
 from imagebackend.templates.eviction import Report
 from imagebackend.templates.fetching import FetchFunction, Progress, Request
 from imagebackend.templates.folder import TemplateFolder
+from imagebackend.templates.lease_book import LeaseBook
 from imagebackend.templates.leases import Lease, Owner
 from imagebackend.templates.native import NativeTemplates
 from imagebackend.templates.pruning import Policy
@@ -58,6 +58,7 @@ class TemplateCache:
     :param is_gone: whether a disk of this host, which nobody makes or changes meanwhile, is provably not there; None:
         only files are known to be.
     :ivar catalogue: what is in the cache, for those who look after it.
+    :ivar lease_book: all leases.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class TemplateCache:
         self._stores = stores
         self._is_gone = is_gone or self.is_file_gone
         self.catalogue = Catalogue(self._folder)
+        self.lease_book = LeaseBook(self._folder, self._is_gone)
         self._noted: dict[str, float] = {}
         self._next_run = -math.inf
 
@@ -293,7 +295,7 @@ class TemplateCache:
         :param file: the template's :attr:`~Template.file`.
         :raises InsufficientSpace, PermissionDenied, StorageError: it is not noted.
         """
-        leases.take(self._folder.leases(file), owner)
+        self._folder.take_lease(file, owner)
 
     def is_leased(self, file: str, owner: Owner) -> bool:
         """Return whether ``owner`` has a lease on a template, by its :attr:`~Template.file`."""
@@ -305,22 +307,15 @@ class TemplateCache:
         :param file: the template's :attr:`~Template.file`.
         :raises PermissionDenied, StorageError: it still has it.
         """
-        leases.drop(self._folder.leases(file), owner)
+        self._folder.drop_lease(file, owner)
 
     def release_all(self, owner: Owner) -> None:
         """Drop every lease that ``owner`` has, when it is not known on which templates.
 
         :raises PermissionDenied, StorageError: it may still have some.
         """
-        folder = f"{self.folder}/.leases"
-        try:
-            templates = os.listdir(folder)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise exceptions.storage_error(error, folder) from error
-        for name in templates:
-            leases.drop(f"{folder}/{name}", owner)
+        for file in self._folder.leased():
+            self._folder.drop_lease(file, owner)
 
     def leases(self, name: str) -> Sequence[Lease]:
         """Return the leases on a template, sorted by disk.

@@ -23,8 +23,9 @@ from oslo_config import cfg
 
 from imagebackend import exceptions, faults, locks
 from imagebackend.storage import publish
-from imagebackend.templates import record
+from imagebackend.templates import leases, record
 from imagebackend.templates.events import Events
+from imagebackend.templates.leases import Owner
 from imagebackend.templates.record import Template
 
 __all__ = ["TemplateFolder"]
@@ -70,6 +71,35 @@ class TemplateFolder:
     def leases(self, file: str) -> str:
         """Return the folder of the leases on a template's file."""
         return f"{self.path}/.leases/{file}"
+
+    def leased(self) -> list[str]:
+        """Return the files that have, or had, leases, sorted.
+
+        :raises PermissionDenied, StorageError: it cannot be known.
+        """
+        folder = f"{self.path}/.leases"
+        try:
+            return sorted(os.listdir(folder))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise exceptions.storage_error(error, folder) from error
+
+    def take_lease(self, file: str, owner: Owner) -> None:
+        """Make a disk's lease on a file, unless it has it.
+
+        :raises InsufficientSpace, PermissionDenied, StorageError: there is none.
+        """
+        if leases.take(self.leases(file), owner):
+            self.events.tell("lease.made", file, "is leased to %s", owner.path, **vars(owner))
+
+    def drop_lease(self, file: str, owner: Owner) -> None:
+        """Drop a disk's lease on a file, if it has one.
+
+        :raises PermissionDenied, StorageError: it still has it.
+        """
+        if leases.drop(self.leases(file), owner):
+            self.events.tell("lease.dropped", file, "is not leased to %s any more", owner.path, **vars(owner))
 
     def lock_file(self, kind: str, name: str) -> str:
         """Return the lock file of a kind, ``template``, ``pull`` or ``verify``, for a template or a file of one."""

@@ -51,8 +51,8 @@ class Lease:
     owner: Owner
 
 
-def take(folder: str, owner: Owner) -> None:
-    """Make the lease of ``owner`` in a template's folder of leases; one that it has stays.
+def take(folder: str, owner: Owner) -> bool:
+    """Make the lease of ``owner`` in a template's folder of leases; return whether it had none.
 
     :raises InsufficientSpace, PermissionDenied, StorageError: there is none.
     """
@@ -65,22 +65,24 @@ def take(folder: str, owner: Owner) -> None:
             os.makedirs(folder, mode=0o755, exist_ok=True)
             os.symlink(target, link)
     except FileExistsError:
-        return
+        return False
     except OSError as error:
         raise exceptions.storage_error(error, link) from error
+    return True
 
 
-def drop(folder: str, owner: Owner) -> None:
-    """Remove the lease of ``owner``, if it is there.
+def drop(folder: str, owner: Owner) -> bool:
+    """Remove the lease of ``owner``; return whether it was there.
 
     :raises PermissionDenied, StorageError: it is still there.
     """
     try:
         os.unlink(f"{folder}/{owner.link}")
     except FileNotFoundError:
-        return
+        return False
     except OSError as error:
         raise exceptions.storage_error(error, f"{folder}/{owner.link}") from error
+    return True
 
 
 def holds(folder: str, owner: Owner) -> bool:

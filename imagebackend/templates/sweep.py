@@ -24,7 +24,7 @@ from imagebackend.templates.folder import TemplateFolder
 from imagebackend.templates.leases import Lease, Owner
 from imagebackend.templates.sources import part
 
-__all__ = ["is_file_gone", "orphans", "sweep"]
+__all__ = ["disk_lock", "is_file_gone", "orphans", "sweep"]
 
 LOG = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def orphans(folder: TemplateFolder, is_gone: Callable[[Owner], bool]) -> Iterato
 
     :param is_gone: as for :func:`sweep`.
     """
-    for file in _listed(f"{folder.path}/.leases"):
+    for file in folder.leased():
         for lease in leases.read_all(folder.leases(file), file):
             if lease.owner.host == folder.conf.host and is_gone(lease.owner):
                 yield lease
@@ -97,6 +97,11 @@ def is_file_gone(folder: TemplateFolder, owner: Owner) -> bool:
     with contextlib.suppress(OSError):
         return os.stat(instances).st_dev == os.stat(folder.path).st_dev
     return False
+
+
+def disk_lock(folder: TemplateFolder, owner: Owner) -> str:
+    """Return the lock file of the lock under which a disk is made and changed."""
+    return f"{folder.locks}/disk-{owner.instance}_{owner.disk}"
 
 
 def _files(folder: TemplateFolder) -> Iterator[_Leftover]:
@@ -190,9 +195,8 @@ def _leases(folder: TemplateFolder, is_gone: Callable[[Owner], bool]) -> Iterato
     """Yield leases whose disks are gone, and folders of leases of templates that are."""
     for lease in orphans(folder, is_gone):
         what = f"lease of {lease.owner.host}:{lease.owner.path} on {lease.template}"
-        lock = f"{folder.locks}/disk-{lease.owner.instance}_{lease.owner.disk}"
-        yield _Leftover(what, lock, functools.partial(_drop, folder, lease, is_gone))
-    for file in _listed(f"{folder.path}/.leases"):
+        yield _Leftover(what, disk_lock(folder, lease.owner), functools.partial(_drop, folder, lease, is_gone))
+    for file in folder.leased():
         if not os.path.lexists(folder.file(file)):
             remove = functools.partial(_remove_empty, folder, file)
             yield _Leftover(folder.leases(file), folder.lock_file("template", file), remove)
@@ -201,8 +205,7 @@ def _leases(folder: TemplateFolder, is_gone: Callable[[Owner], bool]) -> Iterato
 def _drop(folder: TemplateFolder, lease: Lease, is_gone: Callable[[Owner], bool]) -> bool:
     if not is_gone(lease.owner):
         return False
-    leases.drop(folder.leases(lease.template), lease.owner)
-    folder.events.tell("lease.dropped", lease.template, "is not leased to %s any more", lease.owner.path)
+    folder.drop_lease(lease.template, lease.owner)
     return True
 
 

@@ -145,6 +145,12 @@ def prune(store: Store) -> None:
         raise error
 
 
+def without_leases(store: Store) -> None:
+    make_and_write(store)
+    store.make(disk_name="disk.two")
+    shutil.rmtree(store.folder / "_base" / ".leases")
+
+
 OPERATIONS = {
     "create, cold": Operation(nothing, make),
     "create, cold, from qcow2": Operation(nothing, make_cold_converted),
@@ -174,6 +180,7 @@ OPERATIONS = {
     "pull back": Operation(pulled, pull_back),
     "remove template": Operation(template, remove_template, done=(exceptions.TemplateNotFound,)),
     "prune": Operation(once_used, prune),
+    "rebuild leases": Operation(without_leases, lambda store: store.backend.rebuild_leases(), only="qcow2"),
 }
 
 
