@@ -15,12 +15,12 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from imagebackend import exceptions, faults
 from imagebackend.storage import digest, direct_io
 from imagebackend.storage.digest import BLOCK_SIZE, BlockDigest
-from imagebackend.templates.fetching import Progress
+from imagebackend.templates.fetching import Progress, open_image
 
 __all__ = ["Checkpoint", "Pace", "Reader", "opened"]
 
@@ -170,21 +170,12 @@ class Reader:
         self._pace.wait(length)
 
 
-@contextlib.contextmanager
-def opened(path: str) -> Iterator[int]:
+def opened(path: str) -> contextlib.AbstractContextManager[int]:
     """Give a file, open for reading past the page cache where that is possible.
 
     :raises PermissionDenied, StorageError: it cannot be opened or read, or is a link.
     """
-    direct = os.O_DIRECT if direct_io.reads(path) else 0
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | direct)
-    except OSError as error:
-        raise exceptions.storage_error(error, path) from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    return open_image(path, os.O_RDONLY | (os.O_DIRECT if direct_io.reads(path) else 0))
 
 
 def _no_follow(path: str, flags: int) -> int:
