@@ -328,13 +328,9 @@ class DiskFile:
             # One that came back after a power cut would be carried out again, over what the guest wrote since.
             publish.sync_folder(self.folder)
 
-    def tool_options(self) -> dict[str, Any]:
-        """Return what :func:`tool_options` does for a tool that works on the whole disk."""
-        return tool_options(self.conf)
-
-    def layout_options(self, preallocation: str | None) -> dict[str, Any]:
-        """Return the same for a tool that lays out a disk; without ``preallocation`` it takes facts alone."""
-        return tool_options(self.conf, facts_only=preallocation is None)
+    def tool_options(self, *, facts_only: bool = False) -> dict[str, Any]:
+        """Return what :func:`tool_options` does for this disk."""
+        return tool_options(self.conf, facts_only=facts_only)
 
     def remove_file(self) -> None:
         """Remove the disk itself and what killed makers left of it; :meth:`forget` follows."""

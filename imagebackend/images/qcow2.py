@@ -69,7 +69,7 @@ class Qcow2(FileImage):
                         backing_file=template.path,
                         backing_format=template.format,
                         options=options,
-                        **self._file.layout_options(options.get("preallocation")),
+                        **self._file.tool_options(facts_only="preallocation" not in options),
                     )
             undo.pop_all()
 

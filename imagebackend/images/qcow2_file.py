@@ -83,7 +83,9 @@ class Qcow2File:
         """Make the disk ``size`` bytes large; allocated, if that is wanted."""
         preallocation = "falloc" if self._conf.preallocate_images == "space" else None
         with self._disk.change("resize"):
-            limits = self._disk.layout_options(preallocation)
+            # QEMU checks all of an image that a crash left with reference counts which are behind.
+            facts_only = preallocation is None and not self._header().dirty
+            limits = self._disk.tool_options(facts_only=facts_only)
             qemu_img.resize(self._disk.path, "qcow2", size, preallocation=preallocation, **limits)
 
     def depends(self) -> bool:

@@ -42,5 +42,5 @@ class Raw(FileImage):
                 transfer.set_size(self.conf, descriptor, size, partial)
             elif size > template.virtual_size:
                 preallocation = "falloc" if preallocate else None
-                limits = self._file.layout_options(preallocation)
+                limits = self._file.tool_options(facts_only=not preallocate)
                 qemu_img.resize(partial, "qcow2", size, preallocation=preallocation, **limits)

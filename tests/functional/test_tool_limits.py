@@ -17,6 +17,15 @@ EXTENDED = {"libvirt.images_qcow2_extended_l2": True}
 PREALLOCATED = {"preallocate_images": "space"}
 
 
+def grow_dirty(store: Store) -> None:
+    """Grow a disk whose guest was killed while it had reference counts to write."""
+    image = store.image()
+    with open(image.path, "r+b") as file:
+        file.seek(79)
+        file.write(b"\x01")
+    image.resize_image(16 * MIB)
+
+
 def convert(store: Store) -> None:
     def fetch(target: str) -> None:
         store.run("qemu-img", "convert", "-f", "raw", "-O", "vdi", store.raw_template, target)
@@ -33,12 +42,23 @@ def convert(store: Store) -> None:
         # As much work as there is data, or room to allocate.
         (PREALLOCATED, lambda store: store.make(disk_name="other"), [TIMEOUT]),
         (PREALLOCATED, lambda store: store.image().resize_image(16 * MIB), [TIMEOUT]),
+        ({}, grow_dirty, [TIMEOUT]),
         ({}, lambda store: store.image().create_snap("one"), [TIMEOUT]),
         ({}, lambda store: store.image().flatten(), [TIMEOUT]),
         ({}, lambda store: store.image().snapshot_extract(str(store.sources / "out"), "vmdk"), [TIMEOUT] * 2),
         ({}, convert, [TIMEOUT] * 2),
     ],
-    ids=["create", "grow", "create allocated", "grow allocated", "snapshot", "flatten", "extract", "convert"],
+    ids=[
+        "create",
+        "grow",
+        "create allocated",
+        "grow allocated",
+        "grow dirty",
+        "snapshot",
+        "flatten",
+        "extract",
+        "convert",
+    ],
 )
 def test_qemu_img_runs_within_the_limits_of_the_operator(
     options: dict[str, object],

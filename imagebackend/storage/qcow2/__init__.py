@@ -6,7 +6,7 @@ from __future__ import annotations
 from imagebackend.storage.qcow2.chain import BackingFile, backing_chain
 from imagebackend.storage.qcow2.compression import decompressor
 from imagebackend.storage.qcow2.content import Content
-from imagebackend.storage.qcow2.header import CORRUPT, CRYPTO_HEADER, DATA_FILE_NAME, DIRTY, Header, read_header
+from imagebackend.storage.qcow2.header import CORRUPT, CRYPTO_HEADER, DATA_FILE_NAME, Header, read_header
 from imagebackend.storage.qcow2.overlay import write_overlay
 from imagebackend.storage.qcow2.tables import (
     Snapshot,
@@ -21,7 +21,6 @@ __all__ = [
     "CORRUPT",
     "CRYPTO_HEADER",
     "DATA_FILE_NAME",
-    "DIRTY",
     "BackingFile",
     "Content",
     "Header",

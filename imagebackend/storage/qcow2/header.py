@@ -75,6 +75,7 @@ class Header:
     :ivar refcount_table_clusters: number of clusters of the refcount table.
     :ivar crypt_method: 0 none, 1 AES, 2 LUKS.
     :ivar compression_type: 0 zlib, 1 zstd.
+    :ivar dirty: whether the reference counts may be behind (lazy_refcounts): QEMU checks all of it when it opens it.
     :ivar data_file: whether the guest's data lie in another file.
     :ivar extensions: the types of the header extensions, in the order of the file.
     :ivar file_size: the size of the file itself.
@@ -103,6 +104,10 @@ class Header:
     @property
     def extended_l2(self) -> bool:
         return bool(self.incompatible_features & _EXTENDED_L2)
+
+    @property
+    def dirty(self) -> bool:
+        return bool(self.incompatible_features & DIRTY)
 
     @property
     def data_file(self) -> bool:

@@ -38,5 +38,5 @@ def _check_policy(subject: Subject, header: qcow2.Header) -> None:
         raise subject.refusal("it is encrypted")
     if header.incompatible_features & qcow2.CORRUPT:
         raise subject.refusal("it is marked corrupt")
-    if header.incompatible_features & qcow2.DIRTY:
+    if header.dirty:
         raise subject.refusal("it is marked dirty: it was not closed; run 'qemu-img check -r all' on it")
