@@ -30,7 +30,7 @@ from imagebackend.images.base import Capabilities, Image, Progress, Snapshot
 from imagebackend.images.model import RBDImage
 from imagebackend.images.rbd_encryption import Encryption
 from imagebackend.images.rbd_template import RbdTemplate, RbdTemplates
-from imagebackend.storage import ceph, publish, qemu_img, rbd_data
+from imagebackend.storage import ceph, ceph_options, publish, qemu_img, rbd_data, rbd_url
 from imagebackend.templates import inspection
 from imagebackend.templates.cache import FetchFunction
 
@@ -65,7 +65,7 @@ class Rbd(Image):
         #: has its size, without the header of LUKS; libvirt is told of the secret.
         self.encryption: Encryption | None = None
         pool, namespace, name = rbd_location.parse_path(self.path)
-        self.pool = ceph.Pool(rbd_options.settings(self.conf), pool, namespace)
+        self.pool = ceph.Pool(ceph_options.settings(self.conf), pool, namespace)
         self._layout = rbd_options.layout(self.conf)
         self._disk = rbd_disk.RbdDisk(self.conf, self.pool, self.instance, self.disk_name, name)
         self._store = RbdTemplates(self.conf, self.pool, self._layout)
@@ -301,7 +301,7 @@ class Rbd(Image):
         if location is None:
             return
         try:
-            rbd_exchange.remove(self.pool, rbd_location.parse_url(location), also_destroy_volume)
+            rbd_exchange.remove(self.pool, rbd_url.parse_url(location), also_destroy_volume)
         except exceptions.ImageBackendError as error:
             if not ignore_errors:
                 raise

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from oslo_config import cfg
 
 from imagebackend import exceptions, faults
-from imagebackend.images import rbd_disk, rbd_image, rbd_location
-from imagebackend.storage import ceph
+from imagebackend.images import rbd_disk, rbd_image
+from imagebackend.storage import ceph, rbd_url
 from imagebackend.templates.sources import Source, open_source
 
 __all__ = ["clone_first", "copy", "locations", "remove"]
@@ -42,7 +42,7 @@ def locations(conf: cfg.ConfigOpts, context: object, image: str | Sequence[str])
     return source.locations()
 
 
-def clone_first(disk: rbd_disk.RbdDisk, urls: Sequence[str], layout: ceph.Layout) -> rbd_location.Location:
+def clone_first(disk: rbd_disk.RbdDisk, urls: Sequence[str], layout: ceph.Layout) -> rbd_url.Location:
     """Make a disk from the first location of an image that can be cloned, and return that.
 
     :raises ImageUnacceptable: none can; says why for each.
@@ -51,7 +51,7 @@ def clone_first(disk: rbd_disk.RbdDisk, urls: Sequence[str], layout: ceph.Layout
     reasons = []
     for url in urls:
         try:
-            location = rbd_location.parse_url(url)
+            location = rbd_url.parse_url(url)
             _clone(disk, location, layout)
         except exceptions.InsufficientSpace:
             raise
@@ -65,7 +65,7 @@ def clone_first(disk: rbd_disk.RbdDisk, urls: Sequence[str], layout: ceph.Layout
     raise exceptions.ImageUnacceptable(", ".join(urls) or "image", reason)
 
 
-def copy(disk: rbd_disk.RbdDisk, snapshot: str, image_id: str, layout: ceph.Layout) -> rbd_location.Location:
+def copy(disk: rbd_disk.RbdDisk, snapshot: str, image_id: str, layout: ceph.Layout) -> rbd_url.Location:
     """Copy a disk, which the caller has locked, to an image in the pool that its parent is in.
 
     :param snapshot: the name of a snapshot of the disk, as long as this takes.
@@ -92,10 +92,10 @@ def copy(disk: rbd_disk.RbdDisk, snapshot: str, image_id: str, layout: ceph.Layo
             image.protect_snap(_SNAPSHOT)
         faults.point("disk.direct_snapshot.copied")
         target.rename(partial, image_id)
-    return rbd_location.Location(target.fsid(), target.name, image_id, _SNAPSHOT)
+    return rbd_url.Location(target.fsid(), target.name, image_id, _SNAPSHOT)
 
 
-def remove(pool: ceph.Pool, location: rbd_location.Location, whole: bool) -> None:
+def remove(pool: ceph.Pool, location: rbd_url.Location, whole: bool) -> None:
     """Remove the snapshot that an image service refers to, or the whole image.
 
     :param pool: any pool of the cluster.
@@ -113,7 +113,7 @@ def _url(image: str) -> str:
     return image if ":" in image else f"glance:{image}"
 
 
-def _clone(disk: rbd_disk.RbdDisk, location: rbd_location.Location, layout: ceph.Layout) -> None:
+def _clone(disk: rbd_disk.RbdDisk, location: rbd_url.Location, layout: ceph.Layout) -> None:
     """Make a disk from a snapshot of an image; one with too many parents is flattened.
 
     :raises ImageUnacceptable: it is in another cluster.

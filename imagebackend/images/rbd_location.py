@@ -1,34 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How RBD disks are named: in the pool, for QEMU, for libvirt, for an image service. Decisions only."""
+"""How RBD disks are named: in the pool, for QEMU, for libvirt. Decisions only."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from imagebackend import exceptions, names
 from imagebackend.storage import ceph
 
-__all__ = ["Location", "disk_names", "format_path", "image_name", "parse_path", "parse_url", "pool_name"]
+__all__ = ["disk_names", "format_path", "image_name", "parse_path", "pool_name"]
 
 _ESCAPED = re.compile(r"(?<!\\):")
-_FSID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Location:
-    """A snapshot of an image in a cluster, as an image service has it.
-
-    :ivar fsid: the cluster.
-    """
-
-    fsid: str
-    pool: str
-    image: str
-    snapshot: str
-
-    def __str__(self) -> str:
-        return f"rbd://{self.fsid}/{self.pool}/{self.image}/{self.snapshot}"
 
 
 def image_name(instance: str, disk_name: str) -> str:
@@ -84,23 +66,6 @@ def parse_path(path: str) -> tuple[str, str, str]:
     for part in parts[:-1]:
         names.check_name("pool", part)
     return parts[0], parts[1] if len(parts) == 3 else "", parts[-1]
-
-
-def parse_url(url: str) -> Location:
-    """Return the location that an image service's URL means.
-
-    :raises ImageUnacceptable: it is not ``rbd://fsid/pool/image/snapshot``.
-    """
-    scheme, _, rest = url.partition("://")
-    parts = rest.split("/")
-    if scheme != "rbd" or len(parts) != 4 or _FSID.match(parts[0]) is None:
-        raise exceptions.ImageUnacceptable(url, "not of the form rbd://fsid/pool/image/snapshot")
-    try:
-        for kind, part in zip(("pool", "image", "snapshot"), parts[1:], strict=True):
-            names.check_name(kind, part)
-    except exceptions.InvalidName as error:
-        raise exceptions.ImageUnacceptable(url, str(error)) from error
-    return Location(*parts)
 
 
 def _escape(value: str) -> str:

@@ -7,22 +7,10 @@ from oslo_config import cfg
 
 from imagebackend import exceptions
 from imagebackend.images import rbd_location
-from imagebackend.storage import ceph
+from imagebackend.storage import ceph, ceph_options
 from imagebackend.templates.record import Template
 
-__all__ = ["layout", "pool", "require_raw", "settings"]
-
-
-def settings(conf: cfg.ConfigOpts) -> ceph.Settings:
-    """Return how to reach the cluster."""
-    libvirt = conf.libvirt
-    return ceph.Settings(
-        libvirt.images_rbd_ceph_conf,
-        libvirt.rbd_user or None,
-        libvirt.rbd_connect_timeout,
-        libvirt.rbd_operation_timeout,
-        libvirt.images_rbd_clone_format,
-    )
+__all__ = ["layout", "pool", "require_raw"]
 
 
 def pool(conf: cfg.ConfigOpts) -> ceph.Pool:
@@ -34,7 +22,7 @@ def pool(conf: cfg.ConfigOpts) -> ceph.Pool:
     namespace: str = conf.libvirt.images_rbd_namespace
     if namespace:
         rbd_location.pool_name("[libvirt] images_rbd_namespace", namespace)
-    return ceph.Pool(settings(conf), name, namespace)
+    return ceph.Pool(ceph_options.settings(conf), name, namespace)
 
 
 def layout(conf: cfg.ConfigOpts) -> ceph.Layout:

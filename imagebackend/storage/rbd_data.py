@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from imagebackend import exceptions
 from imagebackend.storage import reflink, sparse_copy
 from imagebackend.storage.ceph_connection import finish
 
-__all__ = ["Progress", "allocated", "flatten", "read_into", "write_from"]
+__all__ = ["Progress", "allocated", "flatten", "read", "read_into", "write_from"]
 
 Progress = Callable[[int, int], None]
 
@@ -62,25 +62,38 @@ def read_into(image: Any, target: int, *, progress: Progress | None = None) -> N
     _tell(progress, 0, size)
     with _file_errors(target):
         os.ftruncate(target, size)
+    with contextlib.closing(read(image)) as pieces:
+        for start, data in pieces:
+            with _file_errors(target):
+                _write(data, start, target)
+            _tell(progress, start, size)
+    _tell(progress, size, size)
+
+
+def read(image: Any) -> Generator[tuple[int, bytes]]:
+    """Yield the data of an image in order, as offset and content; what lies between reads as zeros.
+
+    Whoever does not come to the end closes the generator, before the image.
+    """
     found: list[tuple[int, int]] = []
 
     def note(start: int, length: int, exists: bool) -> None:
         if exists:
             found.append((start, start + length))
 
-    image.diff_iterate(0, size, None, note)
+    image.diff_iterate(0, image.size(), None, note)
     with _in_flight() as pieces:
         arrived: dict[int, bytes] = {}
+        starts: deque[int] = deque()
         for start, length in _pieces(found):
             pieces.append(image.aio_read(start, length, _keep(arrived, start)))
+            starts.append(start)
             if len(pieces) == _DEPTH:
                 finish(pieces.popleft())
-                _store(arrived, target)
-                _tell(progress, start, size)
+                yield starts[0], arrived.pop(starts.popleft())
         while pieces:
             finish(pieces.popleft())
-        _store(arrived, target)
-    _tell(progress, size, size)
+            yield starts[0], arrived.pop(starts.popleft())
 
 
 def flatten(image: Any, progress: Progress | None = None) -> None:
@@ -141,11 +154,6 @@ def _keep(arrived: dict[int, bytes], start: int) -> Callable[[Any, bytes | None]
     return keep
 
 
-def _store(arrived: dict[int, bytes], target: int) -> None:
-    with _file_errors(target):
-        _write(arrived, target)
-
-
 @contextlib.contextmanager
 def _file_errors(descriptor: int) -> Iterator[None]:
     try:
@@ -154,12 +162,11 @@ def _file_errors(descriptor: int) -> Iterator[None]:
         raise exceptions.storage_error(error, reflink.file_path(descriptor)) from error
 
 
-def _write(arrived: dict[int, bytes], target: int) -> None:
-    for start in list(arrived):
-        data = memoryview(arrived.pop(start))
-        while data:
-            written = os.pwrite(target, data, start)
-            data, start = data[written:], start + written  # noqa: PLW2901 - the rest of the piece
+def _write(data: bytes, start: int, target: int) -> None:
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(target, rest, start)
+        rest, start = rest[written:], start + written
 
 
 def _tell(progress: Progress | None, done: int, size: int) -> None:
