@@ -153,9 +153,13 @@ class Sink:
 
     def skip(self, length: int) -> None:
         """Append a hole of ``length`` bytes, which is hashed as the zeros that it reads as."""
+        self._settle()
         while length:
             piece = memoryview(_ZEROS)[: min(length, BLOCK_SIZE)]
-            self.take(piece)
+            if self._decompressor is None:
+                self.take(piece)
+            else:
+                self.write(bytearray(piece))
             length -= len(piece)
             self.report()
 

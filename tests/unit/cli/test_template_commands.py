@@ -316,7 +316,7 @@ def test_progress_of_adding_is_told_in_lines_on_stderr(command: Command) -> None
         (("--name", "-x", "image.raw"), 2, "template name '-x'"),
         (("--name", "x" * 300, "image.raw"), 2, "template name"),
         (("--format", "qcow2", "image.raw"), 1, "claimed to be qcow2"),
-        (("--name", "x", "rbd:pool/image"), 2, "rbd:"),
+        (("--name", "x", "rbd:pool"), 2, "rbd:POOL/IMAGE@SNAPSHOT"),
         (("--name", "x", "json:{}"), 2, "json:"),
         (("no-such-file",), 1, "No such file"),
     ],

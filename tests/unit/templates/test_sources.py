@@ -15,6 +15,7 @@ from imagebackend.conf import load_config
 from imagebackend.templates.sources import open_source
 from imagebackend.templates.sources.file import FileSource
 from imagebackend.templates.sources.http import HttpSource
+from imagebackend.templates.sources.rbd import RbdSource
 
 ADD_ON = """\
 from imagebackend.templates import sources
@@ -49,15 +50,18 @@ def conf() -> cfg.ConfigOpts:
         ("FILE:/images/debian.qcow2", FileSource),
         ("http://host/path", HttpSource),
         ("HTTPS://host/path", HttpSource),
+        ("rbd:pool/image@snapshot", RbdSource),
+        ("rbd:pool/namespace/image", RbdSource),
+        ("rbd://43ba3e63-fd79-4af3-9a49-74db8899da9e/pool/image/snapshot", RbdSource),
     ],
 )
 def test_built_in(conf: cfg.ConfigOpts, url: str, kind: type) -> None:
     assert type(open_source(url, conf)) is kind
 
 
-@pytest.mark.parametrize("url", ["ftp://host/path", "rbd:pool/image", "json:{}", "debian:12.qcow2", "c:\\x"])
+@pytest.mark.parametrize("url", ["ftp://host/path", "json:{}", "debian:12.qcow2", "c:\\x"])
 def test_unknown_scheme(conf: cfg.ConfigOpts, url: str) -> None:
-    with pytest.raises(exceptions.InvalidArgument, match=r"known are file, http, https, .*'\./' before it"):
+    with pytest.raises(exceptions.InvalidArgument, match=r"known are file, http, https, rbd, .*'\./' before it"):
         open_source(url, conf)
 
 
@@ -79,6 +83,14 @@ def test_unknown_scheme(conf: cfg.ConfigOpts, url: str) -> None:
         "https://user:secret@[::1/path",
         "http://user:secret@host:port/",
         "http://host:99999999/",
+        "rbd:",
+        "rbd:image",
+        "rbd:pool/image@",
+        "rbd:pool/namespace/more/image",
+        "rbd:pool/image@snapshot@snapshot",
+        "rbd:pool/image:id=admin:key=secret",
+        "rbd://pool/image",
+        "rbd://43ba3e63-fd79-4af3-9a49-74db8899da9e/pool/image",
     ],
 )
 def test_unusable_url(conf: cfg.ConfigOpts, url: str) -> None:
@@ -98,7 +110,7 @@ class TestAddedSchemes:
         (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: imagebackend-test-source\nVersion: 1\n")
         (metadata / "entry_points.txt").write_text(
             "[imagebackend.sources]\n"
-            "glance = imagebackend_test_source:Source\n"
+            "other = imagebackend_test_source:Source\n"
             "broken = imagebackend_test_source:Absent\n"
             "missing = imagebackend_test_absent:Source\n"
             "http = imagebackend_test_source:Source\n"
@@ -106,8 +118,8 @@ class TestAddedSchemes:
         monkeypatch.syspath_prepend(str(tmp_path))
 
     def test_found(self, conf: cfg.ConfigOpts) -> None:
-        source = open_source("GLANCE:1234", conf, checksum="any", disk_format="raw")
-        assert vars(source) == {"arguments": ("GLANCE:1234", "any", "raw")}
+        source = open_source("OTHER:1234", conf, checksum="any", disk_format="raw")
+        assert vars(source) == {"arguments": ("OTHER:1234", "any", "raw")}
 
     @pytest.mark.parametrize(
         ("checksum", "then", "unchanged"),
@@ -125,7 +137,7 @@ class TestAddedSchemes:
     def test_what_need_not_be_written(
         self, conf: cfg.ConfigOpts, checksum: str | None, then: dict[str, str], unchanged: bool
     ) -> None:
-        source = open_source("glance:1", conf, checksum=checksum)
+        source = open_source("other:1", conf, checksum=checksum)
         assert source.unchanged_since(**then) is unchanged
         assert list(source.locations()) == []
 
@@ -135,7 +147,7 @@ class TestAddedSchemes:
             open_source(f"{scheme}:x", conf)
 
     def test_listed(self, conf: cfg.ConfigOpts) -> None:
-        with pytest.raises(exceptions.InvalidArgument, match="broken, file, glance, http, https, missing"):
+        with pytest.raises(exceptions.InvalidArgument, match="broken, file, http, https, missing, other, rbd"):
             open_source("ftp:x", conf)
 
     def test_built_in_comes_first(self, conf: cfg.ConfigOpts) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import threading
@@ -67,6 +68,14 @@ def test_skipped_bytes_are_hashed_as_zeros(target: Path) -> None:
         sink.write(bytearray(b"end"))
         assert sink.finish() == hashlib.sha256(bytes(3 * BLOCK_SIZE + 7) + b"end").hexdigest()
     assert target.stat().st_size == 3 * BLOCK_SIZE + 10
+
+
+def test_hole_in_a_compressed_stream(target: Path) -> None:
+    stream = gzip.compress(b"content")
+    with Sink(str(target), "test") as sink:
+        sink.write(bytearray(stream))
+        with pytest.raises(exceptions.FetchFailed, match="gzip stream cannot be decompressed"):
+            sink.skip(PIECE)
 
 
 def test_restart(target: Path) -> None:
