@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _NGINX_CONFIG = """\
 daemon off;
@@ -44,6 +45,7 @@ http {{
         location /moved/ {{ rewrite ^/moved/(.*)$ /$1 redirect; }}
         location /elsewhere/ {{ return 302 {elsewhere}/image; }}
         location /fragile/ {{ if (-f {folder}/down) {{ return 503; }} alias {folder}/www/; }}
+        {forwarding}
         location /compressed/ {{ alias {folder}/www/; add_header Content-Encoding gzip; }}
     }}
 }}
@@ -67,10 +69,16 @@ def listen() -> socket.socket:
 class Nginx:
     """A real nginx that serves the folder ``www``; the test holds its socket, so that it can be killed and restarted.
 
+    :param tls: the certificate and the key, for HTTPS.
+    :param elsewhere: the URL that ``/elsewhere/`` redirects to.
+    :param behind: the URL of the server that answers for ``/behind/``.
+
     :ivar url: where it listens, without a slash at the end.
     """
 
-    def __init__(self, folder: Path, *, tls: tuple[Path, Path] | None = None, elsewhere: str = "") -> None:
+    def __init__(
+        self, folder: Path, *, tls: tuple[Path, Path] | None = None, elsewhere: str = "", behind: str = ""
+    ) -> None:
         self.folder = folder
         (folder / "www").mkdir(parents=True)
         (folder / "passwords").write_text("agent:{PLAIN}se cret\n")
@@ -83,6 +91,7 @@ class Nginx:
             user="user root;" if os.geteuid() == 0 else "",
             tls=f"ssl_certificate {tls[0]}; ssl_certificate_key {tls[1]};" if tls else "",
             elsewhere=elsewhere,
+            forwarding=f"location /behind/ {{ proxy_pass {behind}/; proxy_buffering off; }}" if behind else "",
         )
         if tls:
             config = config.replace(f":{port};", f":{port} ssl;")
@@ -137,9 +146,9 @@ class Nginx:
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, *, tls: tuple[Path, Path] | None = None, elsewhere: str = "") -> Iterator[Nginx]:
-    """An nginx for the block, with a folder of its own."""
-    server = Nginx(folder, tls=tls, elsewhere=elsewhere)
+def nginx(folder: Path, **options: Any) -> Iterator[Nginx]:
+    """An nginx for the block, with a folder of its own; the options are those of :class:`Nginx`."""
+    server = Nginx(folder, **options)
     try:
         yield server
     finally:

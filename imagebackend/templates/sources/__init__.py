@@ -22,7 +22,7 @@ __all__ = ["Fetched", "Metadata", "Progress", "Source", "open_source"]
 Progress = Callable[[int, int], None]
 
 _ENTRY_POINTS = "imagebackend.sources"
-_BUILT_IN = ("file", "http", "https", "rbd")
+_BUILT_IN = ("file", "glance", "http", "https", "rbd")
 # RFC 3986, section 3.1.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):", re.ASCII)
 
@@ -139,8 +139,8 @@ def open_source(
 ) -> Source:
     """Return the source for a URL, without touching it yet.
 
-    :param url: ``file:``, ``http:``, ``https:``, ``rbd:``, a scheme that another package adds, or the path of a
-        file. A path that has a colon in its first part is written with ``./`` before it.
+    :param url: ``file:``, ``http:``, ``https:``, ``glance:``, ``rbd:``, a scheme that another package adds, or the
+        path of a file. A path that has a colon in its first part is written with ``./`` before it.
     :param conf: options of this library.
     :param checksum: what the image must hash to, as it is published, as ``algorithm:hex``, where algorithm is sha256,
         sha384, sha512, or, against accidents only, sha1 or md5; or the URL of a publisher's checksum file
@@ -148,6 +148,7 @@ def open_source(
     :param disk_format: the format that the image is claimed to have, by its name in qemu-img.
     :raises InvalidArgument: the URL or the checksum cannot be used, or nothing knows the scheme.
     :raises InvalidConfiguration: the package that adds the scheme is broken.
+    :raises Unsupported: a package that the scheme needs is not installed.
     """
     match = _SCHEME.match(url)
     scheme = match[1].lower() if match else "file"
@@ -160,6 +161,10 @@ def open_source(
         from imagebackend.templates.sources.http import HttpSource
 
         return HttpSource(url, conf, checksum=checksum, disk_format=disk_format)
+    if scheme == "glance":
+        from imagebackend.templates.sources.glance import GlanceSource
+
+        return GlanceSource(url, conf, checksum=checksum, disk_format=disk_format)
     if scheme == "rbd":
         from imagebackend.templates.sources.rbd import RbdSource
 

@@ -34,18 +34,20 @@ class Transfer:
     :param sink: what is received goes here.
     :param record: the path of the file that is filled, beside which it is recorded how far the transfer is, and which
         may hold a part; None: the file is empty, and nothing is recorded.
+    :param identity: a strong ETag that identifies the content where the server gives none.
 
     :ivar etag: of what was received.
     :ivar last_modified: of what was received.
     """
 
-    def __init__(self, resource: Resource, sink: Sink, *, record: str | None) -> None:
+    def __init__(self, resource: Resource, sink: Sink, *, record: str | None, identity: str | None = None) -> None:
         self.etag: str | None = None
         self.last_modified: str | None = None
         self._resource = resource
         self._source = resource.shown
         self._sink = sink
         self._record = record
+        self._identity = identity
         self._recorded = time.monotonic()
         # What is not shown of the URL may make another image of it, with an ETag that happens to be the same.
         self._recordable = record is not None and (sink.checksum is not None or not resource.has_query)
@@ -106,7 +108,7 @@ class Transfer:
             self._sink.restart()
         self.etag = http_headers.etag(response)
         self.last_modified = http_headers.last_modified(response)
-        self._validator = http_headers.validator(response)
+        self._validator = http_headers.validator(response) or self._identity
         self._sink.expect(length or 0)
 
     def _check_continues(self, response: HTTPResponse) -> None:

@@ -61,7 +61,9 @@ def test_built_in(conf: cfg.ConfigOpts, url: str, kind: type) -> None:
 
 @pytest.mark.parametrize("url", ["ftp://host/path", "json:{}", "debian:12.qcow2", "c:\\x"])
 def test_unknown_scheme(conf: cfg.ConfigOpts, url: str) -> None:
-    with pytest.raises(exceptions.InvalidArgument, match=r"known are file, http, https, rbd, .*'\./' before it"):
+    with pytest.raises(
+        exceptions.InvalidArgument, match=r"known are file, glance, http, https, rbd, .*'\./' before it"
+    ):
         open_source(url, conf)
 
 
@@ -91,6 +93,12 @@ def test_unknown_scheme(conf: cfg.ConfigOpts, url: str) -> None:
         "rbd:pool/image:id=admin:key=secret",
         "rbd://pool/image",
         "rbd://43ba3e63-fd79-4af3-9a49-74db8899da9e/pool/image",
+        "glance:",
+        "glance:cloud/",
+        "glance:user:secret@cloud/image",
+        "glance:cloud/more/image",
+        "glance:image?token=secret",
+        "glance:image%0Aline",
     ],
 )
 def test_unusable_url(conf: cfg.ConfigOpts, url: str) -> None:
@@ -147,7 +155,7 @@ class TestAddedSchemes:
             open_source(f"{scheme}:x", conf)
 
     def test_listed(self, conf: cfg.ConfigOpts) -> None:
-        with pytest.raises(exceptions.InvalidArgument, match="broken, file, http, https, missing, other, rbd"):
+        with pytest.raises(exceptions.InvalidArgument, match="broken, file, glance, http, https, missing, other, rbd"):
             open_source("ftp:x", conf)
 
     def test_built_in_comes_first(self, conf: cfg.ConfigOpts) -> None:
