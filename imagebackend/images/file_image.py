@@ -269,7 +269,7 @@ class FileImage(Image):
         """Return what the disk's format makes of it, once nothing remains to be done to it and it may be used."""
         self._file.require()
         stored = self._stored()
-        if not self._file.is_settled() or stored.is_torn():
+        if not (self._file.is_settled() and stored.is_settled()):
             with self._file.lock():
                 stored = self._settle()
         stored.check()

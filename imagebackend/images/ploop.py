@@ -76,7 +76,7 @@ class Ploop(FileImage):
         PloopFolder(self._file).create(write)
 
     def _create_filled(self, func: Callable[[str], object], size: int) -> None:
-        verdict = inspection.Verdict("raw", size, 0)
+        verdict = inspection.Verdict("raw", ploop.round_size(size), 0)
 
         def write(image: int) -> ploop.Header:
             # It is gone before the disk is there, so that nobody has to look for it afterwards.

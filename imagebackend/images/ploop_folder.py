@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,8 @@ from imagebackend import exceptions, faults
 from imagebackend.images import ploop_content, ploop_tree, transfer
 from imagebackend.images.base import Progress, Snapshot
 from imagebackend.images.disk_file import DiskFile
-from imagebackend.storage import image_lock, ploop, publish, qemu_img
+from imagebackend.images.ploop_tree import Tree
+from imagebackend.storage import image_lock, ploop, publish, qemu_img, reflink
 from imagebackend.templates import inspection
 
 __all__ = ["PloopFolder"]
@@ -28,7 +30,7 @@ Write = Callable[[int], object]
 
 _LARGEST = 1 << 20
 #: What an image of this disk may be called, in an intent.
-_IMAGE = re.compile(rf"{re.escape(ploop.ROOT_IMAGE)}([@.][A-Za-z0-9._@{{}}-]{{1,160}})?\Z", re.ASCII)
+_IMAGE = re.compile(rf"{re.escape(ploop.ROOT_IMAGE)}([@.][A-Za-z0-9._@{{}}-]{{1,190}})?\Z", re.ASCII)
 
 
 class PloopFolder:
@@ -60,13 +62,13 @@ class PloopFolder:
         :raises ImageUnacceptable: its descriptor or an image breaks the format's rules.
         :raises CorruptDisk: an image is gone, or one that is below another was written to.
         """
-        descriptor = self._read()
+        tree = self._read()
         described = os.stat(self._disk.descriptor)
-        chain = ploop_tree.layers(descriptor, ploop.TOP)
+        chain = tree.layers(ploop.TOP)
         for delta in chain:
             header, changed = self._look(delta)
-            if header.cluster_size != descriptor.cluster_size:
-                reason = f"its clusters have {header.cluster_size} bytes, {descriptor.cluster_size} are described"
+            if header.cluster_size != tree.descriptor.cluster_size:
+                reason = f"its clusters have {header.cluster_size} bytes, {tree.descriptor.cluster_size} are described"
                 raise exceptions.ImageUnacceptable(self._path(delta.file), reason)
             # The descriptor got its name when all of this was as it should stay.
             if delta is not chain[-1] and changed > described.st_ctime_ns:
@@ -76,14 +78,16 @@ class PloopFolder:
                 )
                 raise exceptions.CorruptDisk(self._disk.path, reason)
 
-    def is_torn(self) -> bool:
-        """Return whether whoever wrote to the disk was killed: QEMU does not open it until that is looked into."""
-        top = self._read().top
-        return self._look(top)[0].in_use and not image_lock.is_in_use(self._path(top.file))
+    def is_settled(self) -> bool:
+        """Return whether nothing remains to be done before QEMU can open the disk, or somebody has it open."""
+        tree = self._read()
+        top = tree.descriptor.top
+        settled = tree.tidied() == tree.descriptor and not self._look(top)[0].in_use
+        return settled or image_lock.is_in_use(self._path(top.file))
 
     def is_closed(self) -> bool:
         """Return whether the header of the image on top says that nobody writes to it."""
-        return not self._look(self._read().top)[0].in_use
+        return not self._look(self._top())[0].in_use
 
     def settle(self) -> None:
         """Finish, or undo, a change that was cut short, and mend what a killed guest left; under the disk's lock.
@@ -92,30 +96,32 @@ class PloopFolder:
         """
         self.check()
         intent = self._disk.intent()
-        if self.is_torn():
+        idle = not image_lock.is_in_use(self._path(self._top().file))
+        if idle and self._look(self._top())[0].in_use:
             self._mend(intent)
         if intent is not None:
             if intent["operation"] == "resize":
                 self._cut()
             self._clear(intent)
         self._follow_header()
+        if idle:
+            self._tidy()
 
     def source_path(self) -> str:
         """Return the path of the image for QEMU.
 
         :raises Unsupported: the disk is in several images, and QEMU reads single ones.
         """
-        descriptor = self._read()
-        if len(ploop_tree.layers(descriptor, ploop.TOP)) > 1:
+        if self.depends():
             raise exceptions.Unsupported(
                 f"a guest of QEMU on {self._disk.path}",
                 "'ploop snapshot' has divided the disk, and libvirt gives QEMU one image; flatten the disk first",
             )
-        return self._path(descriptor.top.file)
+        return self._path(self._top().file)
 
     def virtual_size(self) -> int:
         """Return the disk's size in bytes."""
-        return self._look(self._read().top)[0].virtual_size
+        return self._look(self._top())[0].virtual_size
 
     def new_size(self, size: int) -> int:
         """Return the size that a disk gets that is asked to have this one.
@@ -129,12 +135,11 @@ class PloopFolder:
 
         :raises Unsupported: it has snapshots, and would need a later version of the format.
         """
-        descriptor = self._read()
-        header, _ = self._look(descriptor.top)
+        header, _ = self._look(self._top())
         if header.version < ploop.version_for(size):
-            self._copy_larger(descriptor, size)
+            self._copy_larger(size)
             return
-        path = self._path(descriptor.top.file)
+        path = self._path(self._top().file)
         with image_lock.hold(path), transfer.open_file(path, writable=True) as image:
             self._disk.intend("resize", files=[])
             with contextlib.ExitStack() as undo:
@@ -150,7 +155,7 @@ class PloopFolder:
 
     def depends(self) -> bool:
         """Return whether a part of what the disk holds is below the image that is written to."""
-        return len(ploop_tree.layers(self._read(), ploop.TOP)) > 1
+        return len(self._read().layers(ploop.TOP)) > 1
 
     def template_file(self) -> str | None:
         """Return None: the disk shares blocks with its template at most, and the file system counts those."""
@@ -163,7 +168,7 @@ class PloopFolder:
     def snapshots(self) -> list[Snapshot]:
         """Return the snapshots, oldest first; those that ``ploop`` made go by their GUID."""
         found = []
-        for delta in ploop_tree.snapshots(self._read()):
+        for delta in self._read().snapshots:
             header, changed = self._look(delta)
             created = datetime.datetime.fromtimestamp(changed / 1e9, datetime.UTC).isoformat(timespec="seconds")
             found.append((changed, Snapshot(ploop_tree.snapshot_name(delta), created, header.virtual_size)))
@@ -174,44 +179,37 @@ class PloopFolder:
 
         :raises Unsupported: blocks must be shared, and cannot be here.
         """
-        descriptor = self._read()
-        image = ploop_tree.snapshot_image(name)
-        with self._kept_from_writers(descriptor):
-            self._commit(
-                "snapshot",
-                descriptor,
-                ploop_tree.rearranged(descriptor, whole={ploop_tree.new_guid(): image}),
-                {image: self._copier(descriptor, ploop.TOP)},
-            )
+        tree, image = self._read(), ploop_tree.snapshot_image(name)
+        new = tree.rearranged(whole={ploop_tree.new_guid(): image})
+        with self._kept_from_writers(tree):
+            self._commit("snapshot", tree, new, {image: self._copier(tree, ploop.TOP)})
 
     def remove_snapshot(self, name: str) -> None:
         """Remove a snapshot that is there; what is on top of it gets a copy of its own."""
-        descriptor = self._read()
-        snapshot = self._snapshot(descriptor, name)
+        tree = self._read()
+        snapshot = self._snapshot(tree, name)
         whole, contents = {}, {}
-        for delta in ploop_tree.children(descriptor, snapshot.guid):
-            image = whole[delta.guid] = ploop_tree.new_image()
-            contents[image] = self._copier(descriptor, delta.guid)
-        with self._kept_from_writers(descriptor):
-            new = ploop_tree.rearranged(descriptor, whole=whole, drop=[snapshot.guid])
-            self._commit("snapshot-remove", descriptor, new, contents)
+        for delta in tree.children(snapshot.guid):
+            image = whole[delta.guid] = ploop_tree.new_image(delta)
+            contents[image] = self._copier(tree, delta.guid)
+        with self._kept_from_writers(tree):
+            new = tree.rearranged(whole=whole, drop=[snapshot.guid])
+            self._commit("snapshot-remove", tree, new, contents)
 
     def roll_back(self, name: str) -> None:
         """Put a copy of a snapshot that is there in the disk's place."""
-        descriptor = self._read()
-        snapshot = self._snapshot(descriptor, name)
-        image, size = ploop_tree.new_image(), self._look(snapshot)[0].virtual_size
-        with self._kept_from_writers(descriptor):
-            new = ploop_tree.rearranged(descriptor, whole={ploop.TOP: image}, size=size)
-            self._commit("rollback", descriptor, new, {image: self._copier(descriptor, snapshot.guid)})
+        tree, image = self._read(), ploop_tree.new_image()
+        snapshot = self._snapshot(tree, name)
+        new = tree.rearranged(whole={ploop.TOP: image}, size=self._look(snapshot)[0].virtual_size)
+        with self._kept_from_writers(tree):
+            self._commit("rollback", tree, new, {image: self._copier(tree, snapshot.guid)})
 
     def flatten(self, progress: Progress | None) -> None:
         """Put all that can be read of the disk into one image."""
-        descriptor = self._read()
-        image = ploop_tree.new_image()
-        with self._kept_from_writers(descriptor):
-            new = ploop_tree.rearranged(descriptor, whole={ploop.TOP: image})
-            self._commit("flatten", descriptor, new, {image: self._copier(descriptor, ploop.TOP, progress)})
+        tree, image = self._read(), ploop_tree.new_image()
+        new = tree.rearranged(whole={ploop.TOP: image})
+        with self._kept_from_writers(tree):
+            self._commit("flatten", tree, new, {image: self._copier(tree, ploop.TOP, progress)})
 
     def import_file(self, path: str) -> None:
         """Make the disk of a local file, in place of what is there.
@@ -232,10 +230,10 @@ class PloopFolder:
             intent = self._disk.intent()
             if intent is not None:
                 self._clear(intent)
-            descriptor, image = self._read(), ploop_tree.new_image()
-            with self._kept_from_writers(descriptor):
+            tree, image = self._read(), ploop_tree.new_image()
+            with self._kept_from_writers(tree):
                 new = self._single(image, ploop.round_size(verdict.virtual_size))
-                self._commit("import", descriptor, new, {image: write})
+                self._commit("import", tree, new, {image: write})
             self._disk.forget_damage()
 
     def extract(self, target: str, out_format: str | None, progress: Progress | None) -> None:
@@ -244,8 +242,7 @@ class PloopFolder:
         :raises InvalidArgument: such a format is not written, or the target is among disks and templates.
         """
         target, out_format = transfer.extract_target(self._conf, target, out_format, "raw")
-        descriptor, conf = self._read(), self._conf
-        layers = [self._path(delta.file) for delta in ploop_tree.layers(descriptor, ploop.TOP)]
+        layers = [self._path(delta.file) for delta in self._read().layers(ploop.TOP)]
         with transfer.extracting(self._disk, layers[-1], target) as (copy, partial):
             if out_format == "raw":
                 ploop_content.write_raw(copy, layers, progress=progress)
@@ -253,13 +250,13 @@ class PloopFolder:
             # Not QEMU's driver of the disk's own format, which gets lost in images of a tebibyte.
             with publish.new_scratch(self._disk.scratch) as scratch:
                 ploop_content.write_raw(scratch, layers, progress=progress)
-                compress = out_format == "qcow2" and conf.libvirt.snapshot_compression
+                compress = out_format == "qcow2" and self._conf.libvirt.snapshot_compression
                 path = self._disk.scratch
                 transfer.convert(self._disk, path, "raw", partial, out_format, compress=compress, progress=progress)
 
     def paths(self) -> list[str]:
         """Return the images that what can be read of the disk is in, the uppermost first."""
-        return [self._path(delta.file) for delta in reversed(ploop_tree.layers(self._read(), ploop.TOP))]
+        return [self._path(delta.file) for delta in reversed(self._read().layers(ploop.TOP))]
 
     def _single(self, image: str, size: int) -> ploop.Descriptor:
         """Return what describes a disk of one image."""
@@ -267,34 +264,33 @@ class PloopFolder:
         preallocated = self._conf.preallocate_images == "space"
         return ploop.Descriptor(size, ploop.CLUSTER_SIZE, (delta,), preallocated)
 
-    def _copier(self, descriptor: ploop.Descriptor, guid: str, progress: Progress | None = None) -> Write:
-        layers = [self._path(delta.file) for delta in ploop_tree.layers(descriptor, guid)]
+    def _copier(self, tree: Tree, guid: str, progress: Progress | None = None) -> Write:
+        layers = [self._path(delta.file) for delta in tree.layers(guid)]
         return lambda image: ploop_content.write_from_layers(self._conf, image, layers, progress=progress)
 
-    def _copy_larger(self, descriptor: ploop.Descriptor, size: int) -> None:
+    def _copy_larger(self, size: int) -> None:
         """Put a copy in the disk's place that is of the version of the format that a size needs."""
-        found = [ploop_tree.snapshot_name(each) for each in ploop_tree.snapshots(descriptor)]
+        tree, image = self._read(), ploop_tree.new_image()
+        found = [ploop_tree.snapshot_name(each) for each in tree.snapshots]
         if found:
             raise exceptions.Unsupported(
                 f"growing {self._disk.path} to {size} bytes",
                 f"this needs a later version of the format, for {', '.join(found)} too; remove the snapshots first",
             )
-        image, path = ploop_tree.new_image(), self._path(descriptor.top.file)
-        new = ploop_tree.rearranged(descriptor, whole={ploop.TOP: image}, size=size)
+        path = self._path(tree.descriptor.top.file)
 
         def write(target: int) -> None:
             ploop_content.write_from_layers(self._conf, target, [path], size=size)
 
-        with self._kept_from_writers(descriptor):
-            self._commit("resize", descriptor, new, {image: write})
+        with self._kept_from_writers(tree):
+            self._commit("resize", tree, tree.rearranged(whole={ploop.TOP: image}, size=size), {image: write})
 
-    def _commit(
-        self, operation: str, old: ploop.Descriptor, new: ploop.Descriptor, contents: Mapping[str, Write]
-    ) -> None:
+    def _commit(self, operation: str, tree: Tree, new: ploop.Descriptor, contents: Mapping[str, Write]) -> None:
         """Change the images that the disk is made of.
 
         :param contents: what writes the ones that are new, by name.
         """
+        old = tree.descriptor
         images = {delta.file for delta in old.deltas} ^ {delta.file for delta in new.deltas}
         self._disk.intend(operation, files=sorted(images))
         with contextlib.ExitStack() as undo:
@@ -308,6 +304,7 @@ class PloopFolder:
             undo.pop_all()
         faults.point(f"disk.{operation}.changed")
         self._clear({"operation": operation, "files": sorted(images)})
+        self._tidy()
 
     def _write_image(self, image: str, write: Write) -> None:
         path = self._path(image)
@@ -323,37 +320,38 @@ class PloopFolder:
 
     def _clear(self, intent: dict[str, Any]) -> None:
         """Remove what a change made, or left over, that the disk is not made of, and drop the intent."""
-        descriptor = self._read()
-        used = {delta.file for delta in descriptor.deltas}
+        used = {delta.file for delta in self._read().descriptor.deltas}
         for image in intent["files"]:
             if image not in used and _IMAGE.match(image):
                 publish.remove_file(self._path(image))
                 publish.remove_partial(self._path(image))
         faults.point(f"disk.{intent['operation']}.cleared")
-        self._name_top(descriptor)
         self._disk.settle()
-        faults.point(f"disk.{intent['operation']}.settled")
 
-    def _name_top(self, descriptor: ploop.Descriptor) -> None:
-        """Give the image on top its usual name, under which domains know it, if no other one has it."""
-        old = descriptor.top.file
-        if any(delta.file == ploop.ROOT_IMAGE for delta in descriptor.deltas):
+    def _tidy(self) -> None:
+        """Give the image on top its usual name, and drop a root that is of no use any more."""
+        tree = self._read()
+        old, new = tree.descriptor, tree.tidied()
+        if new == old:
             return
+        images = {delta.file for delta in old.deltas} ^ {delta.file for delta in new.deltas}
+        self._disk.intend("tidy", files=sorted(images))
         try:
-            try:
-                os.link(self._path(old), self._path(ploop.ROOT_IMAGE))
-            except FileExistsError:
-                return  # it is nothing of this disk
-            faults.point("disk.rename.linked")
-            self._describe(ploop_tree.renamed(descriptor, ploop.ROOT_IMAGE))
-            faults.point("disk.rename.described")
-            os.unlink(self._path(old))
+            if new.top.file != old.top.file:
+                os.link(self._path(old.top.file), self._path(new.top.file))
         except OSError as error:
+            self._disk.settle()
+            if error.errno == errno.EEXIST:
+                return  # it is nothing of this disk
             raise exceptions.storage_error(error, self._disk.path) from error
+        faults.point("disk.tidy.linked")
+        self._describe(new)
+        faults.point("disk.tidy.described")
+        self._clear({"operation": "tidy", "files": sorted(images)})
 
     def _mend(self, intent: dict[str, Any] | None) -> None:
         """Mend the image on top after its writer was killed, as QEMU does it: what it had not flushed is not there."""
-        path = self._path(self._read().top.file)
+        path = self._path(self._top().file)
         result = qemu_img.check(path, "parallels", repair="all", **self._disk.tool_options())
         with transfer.open_file(path) as image:
             try:
@@ -366,16 +364,16 @@ class PloopFolder:
             raise exceptions.StorageError(path, "its writer was killed, and it could not be mended")
 
     def _cut(self) -> None:
-        path = self._path(self._read().top.file)
+        path = self._path(self._top().file)
         with transfer.open_file(path, writable=True) as image:
             ploop.cut(image, path)
 
     def _follow_header(self) -> None:
         """Let the descriptor say of the disk's size what the header of the image on top says."""
-        descriptor = self._read()
-        size = self._look(descriptor.top)[0].virtual_size
-        if descriptor.virtual_size != size:
-            self._describe(ploop_tree.resized(descriptor, size))
+        tree = self._read()
+        size = self._look(tree.descriptor.top)[0].virtual_size
+        if tree.descriptor.virtual_size != size:
+            self._describe(tree.resized(size))
 
     def _settle_quietly(self) -> None:
         # An undo step: the error that led here matters more, and the next access to the disk tries again.
@@ -383,17 +381,29 @@ class PloopFolder:
             self.settle()
 
     @contextlib.contextmanager
-    def _kept_from_writers(self, descriptor: ploop.Descriptor) -> Iterator[None]:
-        with image_lock.hold(self._path(descriptor.top.file)):
+    def _kept_from_writers(self, tree: Tree) -> Iterator[None]:
+        with image_lock.hold(self._path(tree.descriptor.top.file)):
             yield
 
-    def _snapshot(self, descriptor: ploop.Descriptor, name: str) -> ploop.Delta:
-        found = ploop_tree.find_snapshot(descriptor, name)
+    def _snapshot(self, tree: Tree, name: str) -> ploop.Delta:
+        found = tree.find_snapshot(name)
         if found is None:
             raise exceptions.SnapshotNotFound(name, f"disk {self._disk.path} has no such snapshot")
         return found
 
-    def _read(self) -> ploop.Descriptor:
+    def _top(self) -> ploop.Delta:
+        return self._described().top
+
+    def _read(self) -> Tree:
+        descriptor = self._described()
+        for delta in descriptor.deltas:
+            if ploop_tree.may_be_empty(delta):
+                header, _ = self._look(delta)
+                if header.file_size == header.first_block:
+                    return Tree(descriptor, delta.guid)
+        return Tree(descriptor)
+
+    def _described(self) -> ploop.Descriptor:
         path = self._disk.descriptor
         content = publish.read_file(path, _LARGEST)
         if content is None:
@@ -424,4 +434,4 @@ def _write_empty(target: int, size: int) -> None:
     try:
         os.pwrite(target, bytes(header.first_block - 4096), 4096)
     except OSError as error:
-        raise exceptions.storage_error(error, ploop_tree.EMPTY_IMAGE) from error
+        raise exceptions.storage_error(error, reflink.file_path(target)) from error

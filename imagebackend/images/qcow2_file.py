@@ -59,9 +59,9 @@ class Qcow2File:
         if template is not None:
             self._templates.lease(template, self._disk.owner)
 
-    def is_torn(self) -> bool:
-        """Return False: QEMU itself mends what a killed guest left, when it opens the image."""
-        return False
+    def is_settled(self) -> bool:
+        """Return True: QEMU itself mends what a killed guest left, when it opens the image."""
+        return True
 
     def is_closed(self) -> bool:
         """Return True: what QEMU notes in the image while it writes to it keeps nobody from opening it."""

@@ -28,9 +28,9 @@ class RawFile:
     def check(self) -> None:
         """Do nothing: what is in a raw file is its guest's."""
 
-    def is_torn(self) -> bool:
-        """Return False: a raw file needs no mending when its writer was killed."""
-        return False
+    def is_settled(self) -> bool:
+        """Return True: a raw file needs no mending when its writer was killed."""
+        return True
 
     def is_closed(self) -> bool:
         """Return True: nothing in a raw file says who writes to it."""
