@@ -30,7 +30,8 @@ __all__ = [
 #: The formats that an image can be extracted in.
 FILE_FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
 
-# What else QEMU and Glance call formats: other names of those, and some that the inspector refuses with a reason.
+# What else QEMU and Glance call formats: other names of those, ploop, and some that the inspector refuses with
+# a reason.
 _OTHER_FORMATS = (
     *("vhd", "iso", "gpt", "ami", "ari", "aki"),
     *("bochs", "cloop", "dmg", "docker", "luks", "ova", "parallels", "ploop", "qcow", "qed"),

@@ -244,6 +244,36 @@ def created(image_format: str) -> Build:
     return lambda path: qemu_img("create", "-q", "-f", image_format, path, "8M")
 
 
+PLOOP = converted("parallels")
+
+
+def ploop(offset: int, form: str, value: int) -> Build:
+    return then(PLOOP, number(offset, form, value))
+
+
+#: The fields of the header of 64 bytes, which the block table follows.
+HOSTILE_PLOOP: dict[str, tuple[str, Build]] = {
+    "version": ("claimed to be ploop, but it is raw", then(PLOOP, put(0, b"WithouFreSpacExu"))),
+    "type": ("a ploop image of type 1", ploop(16, "<I", 1)),
+    "cluster": ("clusters of 3 sectors", ploop(28, "<I", 3)),
+    "table-absurd": ("block table of 4294967295 entries", ploop(32, "<I", 0xFFFFFFFF)),
+    "table-on-data": ("overlap a block table", ploop(32, "<I", 1 << 20)),
+    "size-of-nothing": ("a disk of 0 sectors", ploop(36, "<Q", 0)),
+    "size-beyond-table": ("with 8 clusters of 2048 sectors", ploop(36, "<Q", 1 << 40)),
+    "in-use": ("marked in use", ploop(44, "<I", 0x746F6E59)),
+    "state": ("its state 0x7 is not known", ploop(44, "<I", 7)),
+    "data-on-table": ("overlap a block table", ploop(48, "<I", 0)),
+    "data-outside": ("the file ends at", ploop(48, "<I", 0x40000000)),
+    "flags": ("unknown flags 0x80", ploop(52, "<I", 0x80)),
+    "entry-outside": ("is no cluster of the file", ploop(64, "<I", 0x7FFFFFFF)),
+    "entry-on-table": ("which is in use already", ploop(48, "<I", 4096)),
+    "entry-twice": ("which is in use already", ploop(68, "<I", 1)),
+    "beyond-the-end": ("goes on beyond the disk", ploop(36, "<Q", 2048)),
+    "cut": ("is no cluster of the file", then(PLOOP, truncated(-MIB))),
+    "cut-in-table": ("the file ends at", then(PLOOP, truncated(70))),
+    "tiny": ("cut off after 60 bytes", then(PLOOP, truncated(60))),
+}
+
 # No LUKS by qemu-img: it measures its key derivation first, and gives up on a busy machine.
 
 #: What QEMU, or a tool beside it, opens as something else than what it is claimed to be.
@@ -252,6 +282,8 @@ HOSTILE_RAW: dict[str, tuple[str, Build]] = {
     "that-is-qcow2-with-backing-file": ("but it is qcow2", HOSTILE_QCOW2["backing-file"][1]),
     "that-is-vmdk": ("claimed to be raw, but it is vmdk", converted("vmdk")),
     "that-is-vdi": ("claimed to be raw, but it is vdi", VDI),
+    "that-is-ploop": ("claimed to be raw, but it is parallels", created("parallels")),
+    "that-is-cut-ploop": ("claimed to be raw, but it is parallels", content(b"WithoutFreeSpace", 512)),
     "that-is-vhdx": ("claimed to be raw, but it is vhdx", VHDX),
     "that-is-dynamic-vhd": ("claimed to be raw, but it is vpc", DYNAMIC),
     "that-is-fixed-vhd": ("claimed to be raw, but it is vpc", FIXED),
@@ -266,8 +298,6 @@ HOSTILE_OTHERS: dict[str, tuple[str, Build]] = {
     "qed": ("a qed image", created("qed")),
     "luks": ("a LUKS volume", content(b"LUKS\xba\xbe\x00\x01aes".ljust(40, b"\x00") + b"xts-plain64")),
     "luks-2": ("a LUKS volume", content(b"LUKS\xba\xbe\x00\x02")),
-    "parallels": ("a parallels disk", created("parallels")),
-    "parallels-old": ("a parallels disk", content(b"WithoutFreeSpace\x02\x00\x00\x00")),
     "bochs": ("a bochs growing disk", content(b"Bochs Virtual HD Image".ljust(32, b"\x00") + b"Redolog")),
     "cloop": (
         "a cloop image",

@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tests.functional.hostile_disks import HOSTILE_OTHERS, HOSTILE_RAW, HOSTILE_VDI, HOSTILE_VHD, HOSTILE_VHDX
+from tests.functional.hostile_disks import (
+    HOSTILE_OTHERS,
+    HOSTILE_PLOOP,
+    HOSTILE_RAW,
+    HOSTILE_VDI,
+    HOSTILE_VHD,
+    HOSTILE_VHDX,
+)
 from tests.functional.hostile_qcow2 import HOSTILE_QCOW2
 from tests.functional.hostile_vmdk import HOSTILE_VMDK
 from tests.functional.image_building import Build
@@ -46,5 +53,6 @@ HOSTILE_IMAGES: tuple[HostileImage, ...] = (
     *_images("vhd", HOSTILE_VHD),
     *_images("vhdx", HOSTILE_VHDX),
     *_images("vdi", HOSTILE_VDI),
+    *_images("ploop", HOSTILE_PLOOP),
     *_images("raw", HOSTILE_RAW | HOSTILE_OTHERS),
 )

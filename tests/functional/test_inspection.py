@@ -74,6 +74,7 @@ GOOD_OPTIONS = {
         "log_size=4M",
     ],
     "vdi": ["static=off", "static=on"],
+    "parallels": ["cluster_size=1M", "cluster_size=64k"],
 }  # fmt: skip
 GOOD = [(image_format, options) for image_format, each in GOOD_OPTIONS.items() for options in each]
 
@@ -95,7 +96,7 @@ def test_good_empty_image_is_accepted(image_format: str, options: str, tmp_path:
 
 
 @pytest.mark.parametrize("size", ["1M", "1000448", "130G", "1T"])
-@pytest.mark.parametrize("image_format", ["qcow2", "vmdk", "vpc", "vhdx", "vdi"])
+@pytest.mark.parametrize("image_format", ["qcow2", "vmdk", "vpc", "vhdx", "vdi", "parallels"])
 def test_good_image_of_any_size_is_accepted(image_format: str, size: str, tmp_path: Path) -> None:
     path = tmp_path / "image"
     qemu_img("create", "-q", "-f", image_format, path, size)
@@ -265,15 +266,15 @@ def test_glances_names_for_raw(claimed_format: str, tmp_path: Path) -> None:
     assert inspect(path, claimed_format).format == "raw"
 
 
-@pytest.mark.parametrize("claimed_format", ["ploop", "docker", "", "RAW", "qcow2 ", "x" * 300])
+@pytest.mark.parametrize("claimed_format", ["docker", "expanded", "", "RAW", "qcow2 ", "x" * 300])
 def test_unknown_claim_is_refused(claimed_format: str, tmp_path: Path) -> None:
     path = tmp_path / "image"
     make_disk(path)
-    with pytest.raises(exceptions.ImageUnacceptable, match="accepted are aki, ami, ari, gpt, iso, qcow2, raw"):
+    with pytest.raises(exceptions.ImageUnacceptable, match="accepted are aki, ami, ari, gpt, iso, parallels, ploop"):
         inspect(path, claimed_format)
 
 
-CLAIMS = {"raw", "qcow2", "vmdk", "vpc", "vhdx", "vdi"}
+CLAIMS = {"raw", "qcow2", "vmdk", "vpc", "vhdx", "vdi", "parallels"}
 
 
 @pytest.mark.parametrize("image_format", sorted(CLAIMS))

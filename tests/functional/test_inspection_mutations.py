@@ -20,6 +20,7 @@ from tests.functional.image_building import converted
 BUILDS = {
     "qcow2": converted("qcow2"),
     "qcow2 compressed": converted("qcow2", "-c", "-o", "cluster_size=4k"),
+    "ploop": converted("parallels"),
     "vdi": converted("vdi"),
     "vhdx": converted("vhdx"),
     "vmdk": converted("vmdk", "-o", "subformat=monolithicSparse"),

@@ -16,7 +16,15 @@ from imagebackend.storage.ploop.descriptor import (
     parse_descriptor,
 )
 from imagebackend.storage.ploop.device import find_device
-from imagebackend.storage.ploop.header import CLUSTER_SIZE, MAX_SIZE, MAX_SIZE_V1, Header, read_header, round_size
+from imagebackend.storage.ploop.header import (
+    CLUSTER_SIZE,
+    MAX_SIZE,
+    MAX_SIZE_V1,
+    SIGNATURES,
+    Header,
+    read_header,
+    round_size,
+)
 from imagebackend.storage.ploop.image import allocate, cut, grow, version_for, write_image
 from imagebackend.storage.ploop.table import allocated_clusters, data_runs, read_table
 
@@ -26,6 +34,7 @@ __all__ = [
     "MAX_SIZE_V1",
     "NAME",
     "ROOT_IMAGE",
+    "SIGNATURES",
     "TOP",
     "Delta",
     "Descriptor",

@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Callable
 
+from imagebackend.storage import ploop
 from imagebackend.templates.inspection.subject import Subject
 
 __all__ = ["detect"]
@@ -42,6 +43,7 @@ def _is_vmdk_descriptor(head: bytes) -> bool:
 
 #: Formats that are accepted, after a closer look.
 _ACCEPTED: dict[str, Callable[[bytes], bool]] = {
+    "parallels": lambda head: head.startswith(tuple(ploop.SIGNATURES.values())),
     "qcow2": _is_qcow2,
     "vdi": _starts(_VDI_SIGNATURE, 64),
     "vhdx": _starts(b"vhdxfile"),
@@ -54,7 +56,6 @@ _REFUSED: dict[str, Callable[[bytes], bool]] = {
     "a cloop image": _starts(b"#!/bin/sh\n#V2.0 Format\n"),
     "a cow image of an old QEMU": _starts(b"OOOM"),
     "a LUKS volume": _starts(b"LUKS\xba\xbe"),
-    "a parallels disk": lambda head: head.startswith((b"WithoutFreeSpace", b"WithouFreSpacExt")),
     "a qcow image of version 1": _starts(b"QFI\xfb\x00\x00\x00\x01"),
     "a qed image": _starts(b"QED\x00"),
     "a VMDK descriptor, whose extents are other files": _is_vmdk_descriptor,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from imagebackend import exceptions
-from imagebackend.templates.inspection import detection, qcow2, raw, second_reading, vdi, vhdx, vmdk, vpc
+from imagebackend.templates.inspection import detection, parallels, qcow2, raw, second_reading, vdi, vhdx, vmdk, vpc
 from imagebackend.templates.inspection.subject import Subject, Verdict
 
 __all__ = ["INSPECTOR_VERSION", "inspect"]
@@ -15,6 +15,7 @@ __all__ = ["INSPECTOR_VERSION", "inspect"]
 INSPECTOR_VERSION = 1
 
 _INSPECTIONS: dict[str, Callable[[Subject], Verdict]] = {
+    "parallels": parallels.inspect,
     "qcow2": qcow2.inspect,
     "raw": raw.inspect,
     "vdi": vdi.inspect,
@@ -22,8 +23,8 @@ _INSPECTIONS: dict[str, Callable[[Subject], Verdict]] = {
     "vmdk": vmdk.inspect,
     "vpc": vpc.inspect,
 }
-#: Glance's names for what QEMU has another name for, or none: it opens these four as raw.
-_ALIASES = {"vhd": "vpc", "ami": "raw", "aki": "raw", "ari": "raw", "gpt": "raw", "iso": "raw"}
+#: Glance's names for what QEMU has another name for, or none: it opens the last five as raw.
+_ALIASES = {"vhd": "vpc", "ploop": "parallels", "ami": "raw", "aki": "raw", "ari": "raw", "gpt": "raw", "iso": "raw"}
 
 
 def inspect(descriptor: int, name: str, claimed_format: str | None = None) -> Verdict:

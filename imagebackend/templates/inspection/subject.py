@@ -29,7 +29,8 @@ _MAX_VIRTUAL_SIZE = 1 << 62
 class Verdict:
     """What an acceptable image is.
 
-    :ivar format: the format, by qemu-img's name: ``raw``, ``qcow2``, ``vmdk``, ``vpc``, ``vhdx``, ``vdi``.
+    :ivar format: by qemu-img's name: ``raw``, ``qcow2``, ``vmdk``, ``vpc``, ``vhdx``, ``vdi`` or ``parallels``,
+        which is ploop's.
     :ivar virtual_size: the size of the disk in bytes, as qemu-img sees it.
     :ivar allocated_size: an upper bound of the bytes that it occupies once converted to raw.
     :ivar notes: what else was seen, for people: ``gpt``, ``mbr``, ``iso9660``, ``zstd``, ``snapshots`` …
