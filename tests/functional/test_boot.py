@@ -60,6 +60,35 @@ def test_guest_boots_and_sees_its_disk_grow(
     assert not image.exists()
 
 
+def test_guest_boots_from_a_ploop_disk_and_again_after_it_was_rolled_back(
+    start_guest, backend: imagebackend.Backend, template: Path, tmp_path: Path
+) -> None:
+    source = imagebackend.open_source(str(template), backend.conf)
+    image = backend.image("guest", "disk", "ploop")
+    image.cache(source.fetch, "template", GIB)
+    image.create_snap("untouched")
+    disk = image.libvirt_info("virtio", "vda", "disk", None, {}).to_xml()
+    image.snapshot_extract(str(tmp_path / "before"), "raw")
+
+    running = start_guest(disk)
+    assert running.wait_for(ROOT_SAYS) == "/dev/vda1 ext4"
+    assert running.wait_for(SIZE_SAYS) == str(GIB)
+    for change in (image.remove, lambda: image.resize_image(2 * GIB), lambda: image.rollback_to_snap("untouched")):
+        with pytest.raises(exceptions.DiskInUse):
+            change()
+    running.domain.destroy()  # as if it was killed: the header says that somebody writes
+
+    image.resize_image(2 * GIB)
+    running = start_guest(image.libvirt_info("virtio", "vda", "disk", None, {}).to_xml())
+    running.wait_for(f"imagebackend-guest: size=({2 * GIB})")
+    running.domain.destroy()
+    image.rollback_to_snap("untouched")
+    image.snapshot_extract(str(tmp_path / "after"), "raw")
+    compare = ["qemu-img", "compare", "-f", "raw", "-F", "raw", tmp_path / "before", tmp_path / "after"]
+    subprocess.run(compare, check=True, timeout=60)
+    assert start_guest(disk).wait_for(ROOT_SAYS) == "/dev/vda1 ext4"
+
+
 def test_guest_boots_again_after_its_disk_was_rolled_back(
     start_guest, backend: imagebackend.Backend, guest: GuestImage, tmp_path: Path
 ) -> None:
