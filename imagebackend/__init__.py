@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from imagebackend.images.base import Capabilities, Image, Snapshot
     from imagebackend.images.ephemeral import create_ephemeral, create_swap
     from imagebackend.templates.cache import Template, TemplateCache
-    from imagebackend.templates.sources import open_source
+    from imagebackend.templates.sources import open_source, open_tree
 
 __all__ = [
     "Backend",
@@ -31,6 +31,7 @@ __all__ = [
     "list_opts",
     "load_config",
     "open_source",
+    "open_tree",
     "register_opts",
 ]
 
@@ -46,6 +47,7 @@ _HOMES = {
     "list_opts": "imagebackend.conf",
     "load_config": "imagebackend.conf",
     "open_source": "imagebackend.templates.sources",
+    "open_tree": "imagebackend.templates.sources",
     "register_opts": "imagebackend.conf",
 }
 

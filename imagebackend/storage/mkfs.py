@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from imagebackend import exceptions, names, process
+from imagebackend.storage.tree import Measured
 
 __all__ = [
     "FILESYSTEMS",
@@ -22,11 +23,16 @@ __all__ = [
     "ephemeral_template_name",
     "filesystem_for",
     "make_filesystem",
+    "make_root",
     "make_swap",
     "parse_commands",
+    "root_size",
 ]
 
 _KI, _MI = 1 << 10, 1 << 20
+# What mke2fs gives ext4 by default: one inode of 256 bytes for each 16 KiB.
+_BYTES_PER_INODE = 16 << 10
+_INODE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +164,60 @@ def make_swap(target: str, *, label: str | None = None, timeout: float) -> None:
     _make(_SWAP, "swap", target, label, timeout)
 
 
-def _make(tool: _Tool, name: str, target: str, label: str | None, timeout: float) -> None:
+def root_size(tree: Measured) -> int:
+    """Return a size, in bytes, for a disk whose file system holds a tree and has some room left."""
+    needed = _required(tree)
+    return -(-(needed + needed // 4 + 32 * _MI) // _MI) * _MI
+
+
+def make_root(
+    target: str,
+    folder: str,
+    tree: Measured,
+    *,
+    label: str | None = None,
+    timeout: float,
+    on_output: Callable[[str], None] | None = None,
+) -> None:
+    """Format a file with ext4, and put what is in a folder into it. Nothing is mounted.
+
+    :param target: it has its final size.
+    :param folder: nobody changes it meanwhile. Links in it are copied, never followed.
+    :param tree: what the folder takes.
+    :param label, timeout: as in :func:`make_filesystem`.
+    :param on_output: called at least every half second; an exception raised there ends it, and propagates.
+    :raises DiskTooSmall: the tree does not fit.
+    :raises: as :func:`make_filesystem`.
+    """
+    size, required = _size(target), _required(tree)
+    too_small = exceptions.DiskTooSmall(target, size, required, "what the tree takes, and its file system beside it")
+    if size < required:
+        raise too_small
+    # As for the disk of a guest, however small it is: it may grow. More inodes if the files are many and small.
+    options = ["-T", "default", "-b", "4096", "-E", "root_owner=0:0,nodiscard", "-d", os.path.abspath(folder)]
+    if tree.files > size // _BYTES_PER_INODE // 2:
+        options += ["-N", str(2 * tree.files)]
+    tool = replace(_TOOLS["ext4"], command=(*_TOOLS["ext4"].command, *options))
+    try:
+        _make(tool, "ext4", target, label, timeout, on_output)
+    except exceptions.ToolFailed as error:
+        if "Could not allocate" in error.stderr:
+            raise too_small from error
+        raise
+
+
+def _required(tree: Measured) -> int:
+    return tree.size + tree.files * _INODE
+
+
+def _make(
+    tool: _Tool,
+    name: str,
+    target: str,
+    label: str | None,
+    timeout: float,
+    on_output: Callable[[str], None] | None = None,
+) -> None:
     command = list(tool.command)
     if label is not None:
         names.check_name("label", label)
@@ -168,12 +227,18 @@ def _make(tool: _Tool, name: str, target: str, label: str | None, timeout: float
     size = _size(target)
     if size < tool.smallest:
         raise exceptions.DiskTooSmall(target, size, tool.smallest, f"this is the least for {name}")
-    _run([*command, os.path.abspath(target)], target, tool.package, timeout)
+    _run([*command, os.path.abspath(target)], target, tool.package, timeout, on_output)
 
 
-def _run(command: list[str], target: str, package: str, timeout: float) -> None:
+def _run(
+    command: list[str],
+    target: str,
+    package: str,
+    timeout: float,
+    on_output: Callable[[str], None] | None = None,
+) -> None:
     try:
-        process.run(command, timeout=timeout, package=package)
+        process.run(command, timeout=timeout, package=package, on_output=on_output)
     except exceptions.ToolFailed as error:
         if "No space left on device" in error.stderr:
             raise exceptions.InsufficientSpace(target) from error

@@ -17,7 +17,7 @@ from oslo_config import cfg
 
 from imagebackend import exceptions
 
-__all__ = ["Fetched", "Metadata", "Progress", "Source", "open_source"]
+__all__ = ["Fetched", "Metadata", "Progress", "Source", "open_source", "open_tree"]
 
 Progress = Callable[[int, int], None]
 
@@ -170,6 +170,32 @@ def open_source(
 
         return RbdSource(url, conf, checksum=checksum, disk_format=disk_format)
     return _added_source(scheme)(url, conf, checksum=checksum, disk_format=disk_format)
+
+
+def open_tree(
+    url: str,
+    conf: cfg.ConfigOpts,
+    *,
+    size: int | None = None,
+    label: str | None = None,
+    checksum: str | None = None,
+) -> Source:
+    """Return the source for a root file system, whose image is a raw disk with ext4 on it, without touching it yet.
+
+    It is made without mounting anything. Owners, modes, times, links and capabilities are kept; devices, FIFOs and
+    sockets are refused, and so are names in an archive that lead out of it. That takes root.
+
+    :param url: a folder of this host, which nobody changes meanwhile, or a tar archive that :func:`open_source` can
+        fetch: plain, or compressed in a way that images may be.
+    :param conf: options of this library.
+    :param size: of the disk, in bytes; None: what the files take, and some room.
+    :param label: of the file system.
+    :param checksum: what the archive must hash to, as in :func:`open_source`.
+    :raises InvalidArgument: the URL or the checksum cannot be used. InvalidSize: no disk can have that size.
+    """
+    from imagebackend.templates.sources.tree import TreeSource
+
+    return TreeSource(url, conf, size=size, label=label, checksum=checksum)
 
 
 def _added_source(scheme: str) -> Callable[..., Source]:

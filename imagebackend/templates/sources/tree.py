@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Templates from a root file system: a folder of this host, or a tar archive from anywhere, made into an ext4 disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import pathlib
+import shutil
+import stat
+from collections.abc import Iterator
+
+from oslo_config import cfg
+
+from imagebackend import exceptions, faults
+from imagebackend.names import check_size
+from imagebackend.storage import digest, mkfs, publish, tree
+from imagebackend.templates.sources import Fetched, Metadata, Progress, Source, is_same, open_source
+from imagebackend.templates.sources.document import path_of
+
+__all__ = ["TreeSource", "remove_scratch"]
+
+LOG = logging.getLogger(__name__)
+
+
+class TreeSource(Source):
+    """A root file system. Arguments are those of :func:`imagebackend.templates.sources.open_tree`.
+
+    What it delivers differs from call to call, as file systems do; an archive itself is held to its checksum.
+    """
+
+    def __init__(
+        self, url: str, conf: cfg.ConfigOpts, *, size: int | None, label: str | None, checksum: str | None
+    ) -> None:
+        if size is not None:
+            check_size(size)
+        self._archive = open_source(url, conf, checksum=checksum)
+        self._folder = None if url.lower().startswith(("http:", "https:")) else path_of(url)
+        self._checksum = checksum
+        self._size = size
+        self._label = label
+        self._timeout: int = conf.libvirt.images_tool_timeout
+
+    def metadata(self) -> Metadata:
+        found = self._stat()
+        return self._archive.metadata() if found is None else Metadata(_shown(self._folder))
+
+    def fetch(self, target: str, progress: Progress | None = None) -> Fetched:
+        if self._stat() is not None:
+            assert self._folder is not None
+            if self._checksum is not None:
+                raise exceptions.InvalidArgument(f"checksum of {self._folder}: a folder has none; give an archive")
+            return self._make(target, self._folder, Metadata(_shown(self._folder)), progress)
+        with _scratch(target) as scratch:
+            fetched = self._unpack(scratch, progress)
+            known = Metadata(fetched.source, etag=fetched.etag, last_modified=fetched.last_modified)
+            return self._make(target, f"{scratch}/root", known, progress)
+
+    def unchanged_since(self, *, sha256: str = "", etag: str | None = None, last_modified: str | None = None) -> bool:
+        # The digest is of the disk, and not of the archive.
+        return is_same(self.metadata(), sha256="", etag=etag, last_modified=last_modified)
+
+    def _unpack(self, scratch: str, progress: Progress | None) -> Fetched:
+        """Fetch the archive into a folder, and leave there what is in it, as ``root``."""
+        path, root = f"{scratch}/archive", f"{scratch}/root"
+        with publish.new_scratch(path) as descriptor:
+            fetched = self._archive.fetch(path, progress)
+            faults.point("template.tree.fetched")
+            try:
+                os.mkdir(root, 0o755)
+            except OSError as error:
+                raise exceptions.storage_error(error, root) from error
+            tree.extract(descriptor, root, fetched.source, progress=progress)
+        faults.point("template.tree.unpacked")
+        return fetched
+
+    def _make(self, target: str, folder: str, known: Metadata, progress: Progress | None) -> Fetched:
+        """Make the disk of what is in a folder."""
+        measured = tree.measure(folder, known.source)
+        size = self._size or mkfs.root_size(measured)
+        with _opened(target) as descriptor:
+
+            def report(_: str) -> None:
+                if progress is not None:
+                    progress(min(os.fstat(descriptor).st_blocks * 512, size), size)
+
+            try:
+                os.ftruncate(descriptor, size)
+            except OSError as error:
+                raise exceptions.storage_error(error, target) from error
+            mkfs.make_root(target, folder, measured, label=self._label, timeout=self._timeout, on_output=report)
+            LOG.info("made a file system of %s: %d files, %d bytes", known.source, measured.files, measured.size)
+            sha256 = digest.compute(descriptor, digest.SHA256, target, progress).partition(":")[2]
+        return Fetched(known.source, size, sha256, "raw", known.etag, known.last_modified)
+
+    def _stat(self) -> os.stat_result | None:
+        """Return what the folder is; None if it is none."""
+        if self._folder is None:
+            return None
+        try:
+            found = os.stat(self._folder)
+        except OSError as error:
+            raise exceptions.FetchFailed(_shown(self._folder), error.strerror or str(error)) from error
+        return found if stat.S_ISDIR(found.st_mode) else None
+
+
+def remove_scratch(target: str) -> None:
+    """Remove what a killed process unpacked beside a file to be fetched.
+
+    :raises PermissionDenied, StorageError: it is still there.
+    """
+    path = _path(target)
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        if error.errno != errno.ENOENT or os.path.lexists(path):
+            raise exceptions.storage_error(error, path) from error
+
+
+@contextlib.contextmanager
+def _scratch(target: str) -> Iterator[str]:
+    """Give an empty folder beside a file to be fetched, which only its owner enters, and which is gone at the end."""
+    remove_scratch(target)
+    path = _path(target)
+    try:
+        os.mkdir(path, 0o700)
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+    with contextlib.ExitStack() as discard:
+        discard.callback(shutil.rmtree, path, ignore_errors=True)
+        yield path
+        remove_scratch(target)
+        discard.pop_all()
+
+
+@contextlib.contextmanager
+def _opened(target: str) -> Iterator[int]:
+    try:
+        descriptor = os.open(target, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise exceptions.storage_error(error, target) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _path(target: str) -> str:
+    return f"{target}.tree"
+
+
+def _shown(path: str | None) -> str:
+    return pathlib.PurePath(path or "/").as_uri()
