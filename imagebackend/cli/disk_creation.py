@@ -127,8 +127,10 @@ def _fetch(
 
         return refuse
     from imagebackend.cli.shown_source import ShownSource
+    from imagebackend.templates.sources import open_source
 
-    return ShownSource(session, name, url, checksum=checksum, disk_format=claimed).fetch
+    source = open_source(url, session.conf, checksum=checksum, disk_format=claimed)
+    return ShownSource(session, name, source).fetch
 
 
 def _make_without_template(

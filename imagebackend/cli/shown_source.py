@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from imagebackend.cli.session import Session
-from imagebackend.templates.sources import Fetched, Metadata, Source, open_source
+from imagebackend.templates.sources import Fetched, Metadata, Source
 
 __all__ = ["ShownSource"]
 
@@ -16,16 +16,14 @@ class ShownSource(Source):
     """The source of a template, which shows the progress of a fetch itself instead of reporting it to its caller.
 
     :param name: the template's.
-    :param url, checksum, disk_format: as for :func:`imagebackend.templates.sources.open_source`.
+    :param source: what it stands for.
     :ivar fetched: whether it was asked for the image.
     """
 
-    def __init__(
-        self, session: Session, name: str, url: str, *, checksum: str | None, disk_format: str | None
-    ) -> None:
+    def __init__(self, session: Session, name: str, source: Source) -> None:
         self._session = session
         self._name = name
-        self._source = open_source(url, session.conf, checksum=checksum, disk_format=disk_format)
+        self._source = source
         self.resumable = self._source.resumable
         self.fetched = False
 

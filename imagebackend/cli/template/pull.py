@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import functools
 import urllib.parse
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from imagebackend import exceptions, names
 from imagebackend.cli.output import human_size
-from imagebackend.cli.parameters import FILE_FORMATS, complete_format, parse_format
+from imagebackend.cli.parameters import FILE_FORMATS, complete_format, parse_format, parse_size
 from imagebackend.cli.session import Session
 
 if TYPE_CHECKING:
     from imagebackend.templates.record import Template
+    from imagebackend.templates.sources import Source
 
 __all__ = ["add", "default_name", "pull"]
 
@@ -24,8 +27,40 @@ _COMPRESSED = (".bz2", ".gz", ".xz", ".zst")
 _SCHEMES = ("file", "http", "https")
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What an image has to be.
+
+    :ivar tree: it is made of a root file system.
+    :ivar tree_size: the size of the disk, in bytes, that it is on then.
+    """
+
+    claimed: str | None
+    checksum: str | None
+    tree: bool
+    tree_size: int | None
+
+    def open(self, session: Session, url: str) -> Source:
+        from imagebackend.templates.sources import open_source, open_tree
+
+        if not self.tree:
+            if self.tree_size is not None:
+                raise click.UsageError("--tree-size goes with --tree")
+            return open_source(url, session.conf, checksum=self.checksum, disk_format=self.claimed)
+        if self.claimed not in (None, "raw"):
+            raise click.UsageError(f"--tree makes a raw disk, and not {self.claimed}")
+        return open_tree(url, session.conf, size=self.tree_size, checksum=self.checksum)
+
+
 def _describes_source(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say what an image has to be."""
+
+    @functools.wraps(command)
+    def describe(
+        *args: Any, claimed: str | None, checksum: str | None, tree: bool, tree_size: int | None, **others: Any
+    ) -> Any:
+        return command(*args, wanted=_Wanted(claimed, checksum, tree, tree_size), **others)
+
     options = (
         click.option(
             "--name",
@@ -45,23 +80,35 @@ def _describes_source(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="ALG:HEX_OR_URL",
             help="Refuse an image with another digest: sha256:9f86d0…, or the URL of the publisher's checksum file.",
         ),
+        click.option(
+            "--tree",
+            is_flag=True,
+            help="It is a root file system, a folder or a tar archive: make a disk of it, with ext4.",
+        ),
+        click.option(
+            "--tree-size",
+            metavar="SIZE",
+            type=parse_size,
+            help="The size of that disk: 4G. Default: what the files take, and some room.",
+        ),
     )
+    described: Callable[..., Any] = describe
     for option in reversed(options):
-        command = option(command)
-    return command
+        described = option(described)
+    return described
 
 
 @click.command
 @_describes_source
 @click.argument("url", metavar="URL_OR_FILE")
 @click.pass_obj
-def add(session: Session, name: str | None, claimed: str | None, checksum: str | None, url: str) -> None:
+def add(session: Session, name: str | None, wanted: _Wanted, url: str) -> None:
     """Fetch an image, inspect it, and put it into the cache under a name that is free.
 
     The image comes from a file, or by http or https. It is converted to raw unless [DEFAULT] force_raw_images is off.
     """
     name = name or default_name(url)
-    added, fetched = _pulled(session, name, url, claimed, checksum, "missing")
+    added, fetched = _pulled(session, name, url, wanted, "missing")
     if not fetched:
         raise exceptions.TemplateExists(name, f"it came from {added.source}; 'template pull' looks for a newer one")
     session.show(added.as_dict(), f"template {name} added: {added.format}, {human_size(added.virtual_size)}")
@@ -78,26 +125,24 @@ def add(session: Session, name: str | None, claimed: str | None, checksum: str |
 )
 @click.argument("url", metavar="URL_OR_FILE")
 @click.pass_obj
-def pull(session: Session, name: str | None, claimed: str | None, checksum: str | None, policy: str, url: str) -> None:
+def pull(session: Session, name: str | None, wanted: _Wanted, policy: str, url: str) -> None:
     """Make sure that an image is in the cache, and, with --policy newer, that it is the one that its source has.
 
     A template that is there is kept until what replaces it is complete, and for as long as disks depend on it: then it
     goes by NAME@DIGITS. A source that cannot be reached is an error only if there is nothing to go on with.
     """
     name = name or default_name(url)
-    pulled, fetched = _pulled(session, name, url, claimed, checksum, policy)
+    pulled, fetched = _pulled(session, name, url, wanted, policy)
     outcome = "pulled" if fetched else "is up to date" if policy == "newer" else "is there"
     size = human_size(pulled.virtual_size)
     session.show({**pulled.as_dict(), "pulled": fetched}, f"template {name} {outcome}: {pulled.format}, {size}")
 
 
-def _pulled(
-    session: Session, name: str, url: str, claimed: str | None, checksum: str | None, policy: str
-) -> tuple[Template, bool]:
+def _pulled(session: Session, name: str, url: str, wanted: _Wanted, policy: str) -> tuple[Template, bool]:
     """Return a template, and whether it was fetched."""
     from imagebackend.cli.shown_source import ShownSource
 
-    source = ShownSource(session, name, url, checksum=checksum, disk_format=claimed)
+    source = ShownSource(session, name, wanted.open(session, url))
     with session.progress(f"Converting {name}") as progress:
         template = session.backend.templates.pull(name, source, policy, progress=progress)
     return template, source.fetched

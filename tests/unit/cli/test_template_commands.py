@@ -334,6 +334,31 @@ def test_what_cannot_be_added_leaves_nothing(
     assert command.files() == set()
 
 
+def test_a_root_file_system_becomes_a_template(command: Command) -> None:
+    root = command.folder / "root"
+    (root / "etc").mkdir(parents=True)
+    assert "not a regular file" in command.run("template", "add", "--name", "root", root).stderr
+
+    command.done("template", "add", "--tree", "--tree-size", "64M", "--name", "root", root)
+    command.done("template", "pull", "--tree", "--format", "raw", "--name", "other", root)
+
+    assert command.json("template", "show", "root")["virtual_size"] == 64 * MIB
+    assert command.json("template", "show", "other")["virtual_size"] < 64 * MIB
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tree-size", "64M"), "--tree-size goes with --tree"),
+        (("--tree", "--format", "qcow2"), "--tree makes a raw disk, and not qcow2"),
+        (("--tree", "--tree-size", "0"), "size"),
+    ],
+)
+def test_a_root_file_system_is_asked_for_in_one_way(command: Command, words: tuple[str, ...], message: str) -> None:
+    result = command.run("template", "add", "--name", "root", *words, command.folder)
+    assert (result.exit_code, message in result.stderr) == (2, True)
+
+
 def test_a_damaged_template_is_found_and_does_not_hide_the_others(command: Command) -> None:
     for name in ("first", "second", "third"):
         command.done("template", "add", "--name", name, command.raw_image())
