@@ -33,6 +33,8 @@ Progress = Callable[[int, int], None]
 _LONGEST_NAME = 120
 # The types of domain that QEMU runs: libvirt has several drivers for their disks, and is to be told which.
 _QEMU = ("kvm", "qemu")
+# virFileLoopDeviceAssociate of libvirt gives up where lo_file_name of <linux/loop.h> is too short.
+_LONGEST_LOOP_PATH = 63
 
 
 @dataclass(frozen=True)
@@ -399,6 +401,12 @@ class Image(abc.ABC):
             filesystem.source_file = disk.source_path
             filesystem.driver_format = disk.driver_format
             filesystem.driver_type = driver_type or ("loop" if disk.driver_format == "raw" else "nbd")
+            if filesystem.driver_type == "loop" and len(os.fsencode(disk.source_path or "")) > _LONGEST_LOOP_PATH:
+                LOG.warning(
+                    "libvirt starts no container on %s: by the driver 'loop' the path may have %d bytes, as with a "
+                    "shorter [DEFAULT] instances_path, or through a symbolic link",
+                    *(disk.source_path, _LONGEST_LOOP_PATH),
+                )
         elif self.source_type == "block":
             filesystem.source_dev = disk.source_path
         else:
