@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from imagebackend.conf import load_config
 from imagebackend.templates.cache import TemplateCache
 from imagebackend.templates.sources import open_source
 from tests.functional import web
+from tests.functional.cli_command import Command
 
 CONTENT = b"image" * 1000
 
@@ -114,6 +117,24 @@ def test_nobody_sees_them(
     assert "se cret" not in told
     assert "agent" not in told
     assert "YWdlbnQ6c2UgY3JldA==" not in told
+
+
+@pytest.mark.parametrize("password", ["se cret", "wrongse cret"])
+def test_nobody_sees_what_the_executable_uses(nginx: web.Nginx, tmp_path: Path, password: str) -> None:
+    """Neither in what it says and writes, nor on the command line of anything that it starts."""
+    path = netrc(tmp_path, f'machine 127.0.0.1 login agent password "{password}"')
+    command = Command(tmp_path)
+    command.configure("[image_cache]", f"fetch_credentials_file = {path}")
+    words = command.arguments("-vv", "template", "pull", "--name", "image", f"{nginx.url}/private/image")
+    trace = tmp_path / "trace"
+    strace = ["strace", "-f", "-s", "65536", "-e", "trace=execve", "-o", trace]
+    done = subprocess.run([*strace, *words], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == (0 if password == "se cret" else 1), done
+    assert ("401 Unauthorized" in done.stderr) == (done.returncode == 1)
+    written = [each.read_text("latin-1") for each in command.instances.rglob("*") if each.is_file()]
+    told = "".join([done.stdout, done.stderr, trace.read_text(), *written])
+    for secret in (password, base64.b64encode(f"agent:{password}".encode()).decode()):
+        assert secret not in told
 
 
 @pytest.mark.parametrize(
