@@ -52,14 +52,17 @@ def is_supported(folder: str) -> bool:
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file, mmap.mmap(-1, _BLOCK) as block:
+            flags = fcntl.fcntl(file, fcntl.F_GETFL)
             try:
-                flags = fcntl.fcntl(file, fcntl.F_GETFL)
                 fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
                 os.pwrite(file.fileno(), block, 0)
             except OSError as error:
                 if error.errno in _NOT_SUPPORTED:
                     return False
                 raise
+            finally:
+                # An overlay takes the flag, and then fails to close the file if what is below it does not.
+                fcntl.fcntl(file, fcntl.F_SETFL, flags)
     except OSError as error:
         raise exceptions.storage_error(error, folder) from error
     return True
