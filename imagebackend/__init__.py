@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from imagebackend.conf import list_opts, load_config, register_opts
     from imagebackend.images.base import Capabilities, Image, Snapshot
     from imagebackend.images.ephemeral import create_ephemeral, create_swap
+    from imagebackend.keys import castellan_keys
     from imagebackend.templates.cache import Template, TemplateCache
     from imagebackend.templates.sources import open_source, open_tree
 
@@ -25,6 +26,7 @@ __all__ = [
     "Snapshot",
     "Template",
     "TemplateCache",
+    "castellan_keys",
     "create_ephemeral",
     "create_swap",
     "exceptions",
@@ -42,6 +44,7 @@ _HOMES = {
     "Snapshot": "imagebackend.images.base",
     "Template": "imagebackend.templates.cache",
     "TemplateCache": "imagebackend.templates.cache",
+    "castellan_keys": "imagebackend.keys",
     "create_ephemeral": "imagebackend.images.ephemeral",
     "create_swap": "imagebackend.images.ephemeral",
     "list_opts": "imagebackend.conf",

@@ -16,6 +16,7 @@ from oslo_config import cfg
 from imagebackend import exceptions, names
 from imagebackend.images import dependents, disk_info
 from imagebackend.images.base import Image
+from imagebackend.keys import Keys
 from imagebackend.templates.cache import TemplateCache
 from imagebackend.templates.lease_book import Evidence, Rebuilt
 from imagebackend.templates.leases import Owner
@@ -33,6 +34,7 @@ _BUILT_IN = {
     "raw": ("imagebackend.images.raw", "Raw"),
     "flat": ("imagebackend.images.raw", "Raw"),
     "qcow2": ("imagebackend.images.qcow2", "Qcow2"),
+    "lvm": ("imagebackend.images.lvm", "Lvm"),
     "ploop": ("imagebackend.images.ploop", "Ploop"),
     "rbd": ("imagebackend.images.rbd", "Rbd"),
 }
@@ -43,18 +45,20 @@ class Backend:
 
     :param conf: options of this library: from :func:`imagebackend.load_config`, or an agent's own configuration
         object with :func:`imagebackend.register_opts` called on it.
+    :param keys: gives the keys of disks that ``[ephemeral_storage_encryption]`` encrypts.
     :ivar templates: the template cache.
     """
 
-    def __init__(self, conf: cfg.ConfigOpts) -> None:
+    def __init__(self, conf: cfg.ConfigOpts, keys: Keys | None = None) -> None:
         self.conf = conf
+        self.keys = keys
         self.templates = TemplateCache(conf, self.native_templates, self._is_gone)
 
     def backend(self, image_type: str | None = None) -> type[Image]:
         """Return the class of images of a type.
 
-        :param image_type: ``raw``, ``flat`` (the same), ``qcow2``, ``ploop``, ``rbd``, a type that another package
-            adds, or ``default``; None: what ``[libvirt] images_type`` says.
+        :param image_type: ``raw``, ``flat`` (the same), ``qcow2``, ``lvm``, ``ploop``, ``rbd``, a type that another
+            package adds, or ``default``; None: what ``[libvirt] images_type`` says.
         :raises InvalidConfiguration: there is no such type, or the package that adds it is broken.
         """
         wanted = image_type or self.conf.libvirt.images_type
@@ -89,7 +93,9 @@ class Backend:
         :raises InvalidName: one of the names is not safe.
         :raises InvalidConfiguration: there is no such type.
         """
-        return self.backend(image_type)(self.conf, self.templates, names.instance_id(instance), disk_name)
+        image = self.backend(image_type)(self.conf, self.templates, names.instance_id(instance), disk_name)
+        image.keys = self.keys
+        return image
 
     by_name = image
 
@@ -110,7 +116,9 @@ class Backend:
         """
         kind = self.backend(image_type)
         disk_name = kind.names_of_path(path)[1]
-        return kind(self.conf, self.templates, names.instance_id(instance), disk_name, path)
+        image = kind(self.conf, self.templates, names.instance_id(instance), disk_name, path)
+        image.keys = self.keys
+        return image
 
     def disks(self, instance: Any = None) -> Iterator[Image]:
         """Yield the disks in files that are on record under ``instances_path``, and those of the configured type in

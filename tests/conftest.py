@@ -15,3 +15,6 @@ pytest_plugins = ["tests.functional.ceph", "tests.functional.filesystems", "test
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate-golden", action="store_true", help="write the XML in tests/golden anew")
+    parser.addoption(
+        "--stores", help="run the contract suite on these stores, separated by commas; without, on all but lvm's"
+    )

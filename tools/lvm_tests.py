@@ -21,7 +21,8 @@ REPORTS = ROOT / ".tox" / "lvm"
 
 #: What each guest runs, so that none takes much longer than the others.
 SHARES: dict[str, list[str]] = {
-    "one": ["tests/lvm"],
+    "thin": ["tests/contract", "--stores", "lvm-thin"],
+    "volumes": ["tests/lvm"],
 }
 _TIMEOUT = 1500.0
 _NOTHING_SELECTED = 5

@@ -14,6 +14,7 @@ from oslo_config import cfg
 
 from imagebackend import exceptions, names
 from imagebackend.images.model import Model
+from imagebackend.keys import Keys
 from imagebackend.storage import direct_io
 from imagebackend.templates.cache import FetchFunction, TemplateCache
 from imagebackend.templates.native import NativeTemplates
@@ -21,7 +22,7 @@ from imagebackend.templates.native import NativeTemplates
 if TYPE_CHECKING:
     from imagebackend.guest import LibvirtConfigGuestDisk, LibvirtConfigGuestFilesys
 
-__all__ = ["Capabilities", "Image", "Progress", "Snapshot"]
+__all__ = ["Capabilities", "Image", "Progress", "Snapshot", "Usage"]
 
 LOG = logging.getLogger(__name__)
 
@@ -69,6 +70,18 @@ class Snapshot:
     virtual_size: int
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What a disk takes, where its store tells.
+
+    :ivar provisioned: its virtual size in bytes.
+    :ivar used: the bytes of storage that are allocated for it, by itself or together with others.
+    """
+
+    provisioned: int
+    used: int
+
+
 class Image(abc.ABC):
     """A guest's disk in one kind of storage.
 
@@ -84,6 +97,9 @@ class Image(abc.ABC):
 
     #: How libvirt calls the kind of source: ``file``, ``block``, ``network``.
     source_type: ClassVar[str]
+
+    #: Gives the keys of disks that ``[ephemeral_storage_encryption]`` has encrypted.
+    keys: Keys | None = None
 
     def __init__(
         self, conf: cfg.ConfigOpts, templates: TemplateCache, instance: str, disk_name: str, path: str | None = None
@@ -370,9 +386,8 @@ class Image(abc.ABC):
             modes = guest.parse_disk_cachemodes(self.conf.libvirt.disk_cachemodes)
             takes_direct_io = self.source_type != "file" or direct_io.reads(disk.source_path or self.path)
             cache_mode = guest.choose_cache_mode(self.source_type, modes, direct_io=takes_direct_io)
-        preallocated = self.conf.preallocate_images == "space"
         disk.driver_cache = cache_mode
-        disk.driver_io = guest.choose_io_mode(self.source_type, cache_mode, preallocated=preallocated)
+        disk.driver_io = guest.choose_io_mode(self.source_type, cache_mode, preallocated=self._is_preallocated())
         disk.driver_discard = self.conf.libvirt.hw_disk_discard
         disk.target_dev = disk_dev
         disk.target_bus = disk_bus
@@ -427,6 +442,10 @@ class Image(abc.ABC):
     def _is_ready(self) -> bool:
         """Return whether the disk is there and nothing remains to be done to it."""
         return self.exists()
+
+    def _is_preallocated(self) -> bool:
+        """Return whether every block of a new disk has its place on the storage."""
+        return bool(self.conf.preallocate_images == "space")
 
     def _warn_no_snapshots(self, operation: str, name: str) -> None:
         names.check_name("snapshot", name)

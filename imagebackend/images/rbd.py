@@ -10,7 +10,6 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from oslo_config import cfg
@@ -26,7 +25,7 @@ from imagebackend.images import (
     rbd_options,
     transfer,
 )
-from imagebackend.images.base import Capabilities, Image, Progress, Snapshot
+from imagebackend.images.base import Capabilities, Image, Progress, Snapshot, Usage
 from imagebackend.images.model import RBDImage
 from imagebackend.images.rbd_encryption import Encryption
 from imagebackend.images.rbd_template import RbdTemplate, RbdTemplates
@@ -40,18 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["Encryption", "Rbd", "Usage"]
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a disk takes.
-
-    :ivar provisioned: its virtual size in bytes.
-    :ivar used: the bytes of storage that its own data take, to whole objects.
-    """
-
-    provisioned: int
-    used: int
 
 
 class Rbd(Image):
@@ -325,7 +312,7 @@ class Rbd(Image):
             self.templates.release_all(self._disk.owner)
 
     def usage(self) -> Usage:
-        """Return what the disk takes; quick with the image features object-map and fast-diff.
+        """Return what the disk takes by itself; quick with the image features object-map and fast-diff.
 
         :raises DiskNotFound: there is no such disk.
         """

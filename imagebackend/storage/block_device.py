@@ -18,10 +18,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 
-from imagebackend import exceptions
+from imagebackend import exceptions, process
 from imagebackend.storage import reflink, sparse_copy
 
-__all__ = ["Progress", "compare", "discard", "fill", "size", "zero"]
+__all__ = ["Progress", "compare", "discard", "fill", "shred", "size", "sync", "zero"]
 
 Progress = Callable[[int, int], None]
 
@@ -43,6 +43,12 @@ def size(path: str) -> int:
     """Return the size of a block device."""
     with _opened(path, os.O_RDONLY) as descriptor:
         return os.lseek(descriptor, 0, os.SEEK_END)
+
+
+def sync(path: str) -> None:
+    """Have everything that was written to a block device reach stable storage."""
+    with _opened(path, os.O_WRONLY) as descriptor, _errors(path):
+        os.fsync(descriptor)
 
 
 def fill(source: int, path: str, *, reads_as_zeros: bool, progress: Progress | None = None) -> None:
@@ -143,6 +149,17 @@ def discard(path: str, start: int, end: int, *, progress: Progress | None = None
                 raise exceptions.storage_error(error, path) from error
 
         _in_threads(_split(forget, start, end, _CLEARED_PIECE), end, progress)
+
+
+def shred(path: str, length: int, *, timeout: float) -> None:
+    """Overwrite the beginning of a block device with patterns, by the coreutils' command of that name.
+
+    :param length: how many bytes.
+    :param timeout: seconds, after which it is killed.
+    :raises ToolMissing, ToolTimeout, ToolFailed: as :func:`imagebackend.process.run` says.
+    """
+    with _opened(path, os.O_WRONLY | os.O_EXCL):
+        process.run(["shred", "--iterations=3", f"--size={length}", path], timeout=timeout, package="coreutils")
 
 
 class _Buffers:

@@ -155,13 +155,13 @@ class VolumeGroup:
         pool_name = f"{self.name}/{check_name(pool)}"
         self._create(name, ["--type", "thin", "--virtualsize", f"{size}b", "--thinpool", pool_name], tags)
 
-    def create_thin_pool(self, name: str, size: int) -> None:
+    def create_thin_pool(self, name: str, size: int, tags: Iterable[str] = ()) -> None:
         """Make a thin pool.
 
         :raises DiskExists: there is a volume of that name.
         :raises InsufficientSpace: the volume group has no room.
         """
-        self._create(name, ["--type", "thin-pool", "--size", f"{size}b"], (), self.name)
+        self._create(name, ["--type", "thin-pool", "--size", f"{size}b"], tags, self.name)
 
     def snapshot(
         self, origin: str, name: str, tags: Iterable[str], *, read_only: bool = False, activate: bool = True
@@ -290,7 +290,7 @@ def check_name(name: str) -> str:
 
     :raises InvalidName: it does not.
     """
-    if _NAME.match(name) is None:
+    if _NAME.match(name) is None or name in (".", ".."):
         raise exceptions.InvalidName(
             "volume", name, "letters, digits and '+', '_', '.', '-' are allowed, no '-' first"
         )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -130,7 +131,7 @@ def convert(
     """
     command = ["convert", "-f", source_format, "-O", target_format, *_options(options)]
     # Half the time and CPU of a write-back that fdatasync must wait for, when it is possible.
-    if direct_io.is_supported(os.path.dirname(_absolute(target))):
+    if _is_device(target) or direct_io.is_supported(os.path.dirname(_absolute(target))):
         command += ["-t", "none"]
     if target_format == "raw":
         # Writes out of order do not fragment a raw file.
@@ -258,6 +259,22 @@ def _absolute(path: str) -> str:
     return os.path.join(os.getcwd(), path)
 
 
+def _is_device(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _size(path: str) -> int:
+    """Return the size of a file or block device."""
+    try:
+        with open(path, "rb") as file:
+            return file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+
+
 def _options(options: Mapping[str, str] | None) -> list[str]:
     if not options:
         return []
@@ -308,10 +325,7 @@ def _run_with_progress(
 ) -> process.Result:
     if progress is None:
         return _run(path, command, timeout, limits, success=success)
-    try:
-        total = os.stat(path).st_size
-    except OSError as error:
-        raise exceptions.storage_error(error, path) from error
+    total = _size(path)
     done = 0
     tail = ""
 

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import itertools
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -18,8 +21,10 @@ import imagebackend
 from imagebackend.backend import Backend
 from imagebackend.guest import LibvirtConfigGuestDisk
 from imagebackend.images.base import Image
-from imagebackend.images.model import LocalFileImage, RBDImage
+from imagebackend.images.model import LocalBlockImage, LocalFileImage, RBDImage
 from imagebackend.storage import ceph
+from imagebackend.storage.lvm2 import VolumeGroup
+from tests.lvm import volume_groups
 from tools.private_ceph import Cluster
 
 MIB = 1 << 20
@@ -52,7 +57,17 @@ STORES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ploop-of-qcow2": ("ploop", "xfs_folder", {"force_raw_images": False}),
     "rbd-v1": ("rbd", "ext4_folder", {"libvirt.images_rbd_clone_format": "1"}),
     "rbd-v2": ("rbd", "ext4_folder", {"libvirt.images_rbd_clone_format": "2"}),
+    "lvm-thin": ("lvm", "group_folder", {"libvirt.images_thin_pool": volume_groups.POOL}),
+    "lvm-sparse": ("lvm", "group_folder", {"libvirt.sparse_logical_volumes": True}),
+    "lvm-thick": ("lvm", "group_folder", {}),
+    "lvm-encrypted": ("lvm", "group_folder", {"ephemeral_storage_encryption.enabled": True}),
 }
+
+
+def chosen_stores(config: pytest.Config) -> list[str]:
+    """Return the names of the stores that this run is for; those that need device-mapper must be asked for."""
+    asked = config.getoption("--stores")
+    return asked.split(",") if asked else [name for name, (image_type, _, _) in STORES.items() if image_type != "lvm"]
 
 
 def configured(folder: Path, image_type: str, **options: Any) -> Any:
@@ -81,6 +96,8 @@ class Store:
 
     #: How QEMU does I/O on a disk that is not preallocated.
     io_mode: str | None = "threads"
+    #: Whether every block of a new disk has its place, whatever ``preallocate_images`` says.
+    preallocated = False
 
     def __init__(self, folder: Path, image_type: str, options: dict[str, Any]) -> None:
         self.folder = folder / "instances"
@@ -93,8 +110,13 @@ class Store:
         self._disks = itertools.count()
         self.raw_template = self.sources / "template.raw"
         _write_sparse(self.raw_template, template_content())
-        self.qcow2_template = self.sources / "template.qcow2"
-        self.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", self.raw_template, self.qcow2_template)
+
+    @functools.cached_property
+    def qcow2_template(self) -> Path:
+        """The same image as ``raw_template``."""
+        path = self.sources / "template.qcow2"
+        self.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", self.raw_template, path)
+        return path
 
     @property
     def source(self) -> Path:
@@ -105,6 +127,10 @@ class Store:
         """Write the template, as an agent's own function would, and count the call."""
         self.fetches.append(target)
         shutil.copyfile(self.source, target)
+
+    def rounded(self, size: int) -> int:
+        """Return the size of a disk that is asked to have this one."""
+        return size
 
     def image(self, disk_name: str = "disk", instance: str = "5a3c2b1e-0000-4000-8000-000000000001") -> Image:
         return self.backend.image(instance, disk_name)
@@ -121,10 +147,6 @@ class Store:
     def qemu(self, image: Image) -> tuple[str, str]:
         """Return the format and the path that QEMU's tools are told for a disk."""
         return self.format(image), image.path
-
-    def rounded(self, size: int) -> int:
-        """Return the size of a disk that is asked to have this one."""
-        return size
 
     def content(self, image: Image) -> bytes:
         """Return what a guest would read."""
@@ -284,6 +306,57 @@ class RbdStore(Store):
             yield context
 
 
+class LvmStore(Store):
+    """A backend on an empty volume group."""
+
+    def __init__(self, folder: Path, options: dict[str, Any], group: VolumeGroup) -> None:
+        self.group = group
+        super().__init__(folder, "lvm", {**options, "libvirt.images_volume_group": group.name})
+        self.backend = Backend(self.conf, keys=_key)
+        self.preallocated = not (options.get("libvirt.images_thin_pool") or self.conf.libvirt.sparse_logical_volumes)
+
+    def rounded(self, size: int) -> int:
+        return -(-size // volume_groups.EXTENT) * volume_groups.EXTENT
+
+    def qemu(self, image: Image) -> tuple[str, str]:
+        model = image.get_model(None)
+        assert isinstance(model, LocalBlockImage)
+        return model.format, model.path
+
+    def content(self, image: Image) -> bytes:
+        return Path(self.qemu(image)[1]).read_bytes()
+
+    def snapshot_content(self, image: Image, name: str) -> bytes:
+        (snapshot,) = self.group.report(tags=[f"imagebackend.snapshot={name}"])
+        self.group.activate(snapshot.name)
+        content = Path(self.group.device(snapshot.name)).read_bytes()
+        self.group.deactivate(snapshot.name)
+        return content
+
+    def check_model(self, image: Image) -> None:
+        assert image.get_model(None) == LocalBlockImage(self.device(image))
+
+    def check_source(self, image: Image, disk: LibvirtConfigGuestDisk) -> None:
+        assert (disk.source_type, disk.source_path) == ("block", self.device(image))
+
+    def device(self, image: Image) -> str:
+        """Return the path of the device by which a guest gets the disk."""
+        encrypted = self.conf.ephemeral_storage_encryption.enabled
+        return f"/dev/mapper/{Path(image.path).name}-dmcrypt" if encrypted else image.path
+
+    def files(self) -> set[str]:
+        """Return what is in the folder and in the volume group; what is random in a name is left out."""
+        return super().files() | {re.sub(r"\+[0-9a-f]{8}$", "", volume.name) for volume in self.group.report()}
+
+    def empty(self) -> None:
+        """Remove everything from the volume group."""
+        volume_groups.empty(self.group)
+
+
+def _key(instance: str, disk_name: str) -> bytes:
+    return hashlib.sha512(f"{instance}/{disk_name}".encode()).digest()
+
+
 def open_store(name: str, request: pytest.FixtureRequest) -> Store:
     """Return the store of that name in :data:`STORES`, empty."""
     image_type, fixture, options = STORES[name]
@@ -292,6 +365,8 @@ def open_store(name: str, request: pytest.FixtureRequest) -> Store:
         return RbdStore(folder, options, request.getfixturevalue("ceph"), request.getfixturevalue("rbd_pool"))
     if image_type == "ploop":
         return PloopStore(folder, image_type, options)
+    if image_type == "lvm":
+        return LvmStore(folder, options, request.getfixturevalue("group"))
     return Store(folder, image_type, options)
 
 
@@ -310,7 +385,12 @@ def _write_sparse(path: Path, content: bytes) -> None:
                 file.write(block)
 
 
-@pytest.fixture(params=STORES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "store" in metafunc.fixturenames:
+        metafunc.parametrize("store", chosen_stores(metafunc.config), indirect=True)
+
+
+@pytest.fixture
 def store(request: pytest.FixtureRequest) -> Iterator[Store]:
     """Each backend on each kind of storage."""
     opened = open_store(request.param, request)

@@ -158,8 +158,8 @@ def test_verify_base_size_knows_no_limit_without_a_size(store: Store) -> None:
 
 def test_a_disk_without_a_template_is_filled_in_place(store: Store) -> None:
     def fill(target: str) -> None:
-        assert os.stat(target).st_size == 4 * MIB
         with open(target, "r+b") as file:
+            assert file.read() == bytes(4 * MIB)
             file.seek(MIB)
             file.write(b"swap")
 
@@ -181,8 +181,9 @@ def test_a_disk_that_cannot_be_filled_is_not_made(store: Store) -> None:
     image = store.image("disk.swap")
     with pytest.raises(RuntimeError):
         image.create_from_func(fill, 4 * MIB)
-    with pytest.raises(exceptions.StorageError, match="512 bytes after it was filled"):
-        image.create_from_func(shorten, 4 * MIB)
+    if image.source_type != "block":  # which nobody can shorten
+        with pytest.raises(exceptions.StorageError, match="512 bytes after it was filled"):
+            image.create_from_func(shorten, 4 * MIB)
 
     assert not image.exists()
     assert not {name for name in store.files() if "swap" in name}

@@ -63,7 +63,9 @@ def test_without_a_cache_mode_the_operator_or_the_storage_decides(store: Store) 
     disk = image.libvirt_info("virtio", "vda", "disk", None, {})
     assert disk.driver_cache == "none"  # these file systems take O_DIRECT, and clusters have no page cache
 
-    store.conf.set_override("disk_cachemodes", [f"{image.source_type}=writeback", "block=none"], group="libvirt")
+    other = "file" if image.source_type == "block" else "block"
+    modes = [f"{image.source_type}=writeback", f"{other}=none"]
+    store.conf.set_override("disk_cachemodes", modes, group="libvirt")
     disk = image.libvirt_info("virtio", "vda", "disk", None, {})
     assert (disk.driver_cache, disk.driver_io) == ("writeback", store.io_mode)
 
@@ -74,7 +76,8 @@ def test_without_a_cache_mode_the_operator_or_the_storage_decides(store: Store) 
 
 def test_native_io_is_for_preallocated_disks_that_bypass_the_page_cache(store: Store) -> None:
     image = store.make()
-    direct = "native" if store.conf.preallocate_images == "space" else store.io_mode
+    preallocated = store.preallocated or store.conf.preallocate_images == "space"
+    direct = "native" if preallocated else store.io_mode
 
     assert image.libvirt_info("virtio", "vda", "disk", "none", {}).driver_io == direct
     assert image.libvirt_info("virtio", "vda", "disk", "writeback", {}).driver_io == store.io_mode
@@ -112,6 +115,9 @@ def test_a_container_gets_the_disk_by_a_driver_for_its_format(store: Store) -> N
         with pytest.raises(exceptions.Unsupported, match="extract it"):
             image.libvirt_fs_info("/", driver_type="nbd")
         return
+    if image.source_type == "block":
+        assert (filesystem.source_type, filesystem.source_dev) == ("block", store.qemu(image)[1])
+        return
 
     raw = store.format(image) == "raw"
     assert (filesystem.source_type, filesystem.source_file, filesystem.target_dir) == ("file", image.path, "/data")
@@ -122,5 +128,5 @@ def test_a_container_gets_the_disk_by_a_driver_for_its_format(store: Store) -> N
 def test_the_backends_static_facts(store: Store) -> None:
     image = store.image()
 
-    shared = image.source_type == "network"
-    assert (image.is_shared_block_storage(), image.is_file_in_instance_path()) == (shared, not shared)
+    facts = (image.is_shared_block_storage(), image.is_file_in_instance_path())
+    assert facts == (image.source_type == "network", image.source_type == "file")

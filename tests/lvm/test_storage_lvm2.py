@@ -13,7 +13,7 @@ import pytest
 from imagebackend import exceptions
 from imagebackend.storage import device_mapper, lvm2
 from imagebackend.storage.lvm2 import Layout, VolumeGroup
-from tests.lvm.volume_groups import MIB, group_on, loop_device, run
+from tests.lvm.volume_groups import MIB, POOL, group_on, loop_device, run
 
 TAGS = {"imagebackend.kind=disk", "imagebackend.made=2026-01-02T03:04:05.678901Z", "a_b+c/d!e:f&g#h"}
 
@@ -49,7 +49,7 @@ def test_a_volume_is_made_found_changed_and_removed(group: VolumeGroup) -> None:
     with pytest.raises(exceptions.DiskExists):
         group.create("two", MIB, (), Layout())
     group.remove("two")
-    assert group.report() == []
+    assert [each.name for each in group.report()] == [POOL]
 
 
 def test_a_report_selects_by_name_and_by_tag(group: VolumeGroup) -> None:
@@ -57,24 +57,24 @@ def test_a_report_selects_by_name_and_by_tag(group: VolumeGroup) -> None:
     group.create("b", MIB, {"x=2"}, Layout())
     group.create("c", MIB, (), Layout())
 
-    assert [each.name for each in group.report()] == ["a", "b", "c"]
+    assert [each.name for each in group.report()] == ["a", "b", "c", POOL]
     assert [each.name for each in group.report("c", "nosuch", tags=["x=1"])] == ["a", "c"]
     assert group.report("nosuch") == []
 
 
 def test_thin_volumes_share_what_they_are_snapshots_of(group: VolumeGroup) -> None:
-    group.create_thin_pool("pool", 64 * MIB)
-    group.create_thin("pool", "template", 16 * MIB, {"t"})
+    group.create_thin_pool("another", 64 * MIB)
+    group.create_thin("another", "template", 16 * MIB, {"t"})
     run("dd", "if=/dev/urandom", f"of={group.device('template')}", "bs=1M", "count=4", "oflag=direct")
     group.publish("template", add_tags={"whole"}, read_only=True)
     group.deactivate("template")
 
     group.snapshot("template", "disk", {"d"})
     group.snapshot("template", "kept", (), read_only=True, activate=False)
-    disk, kept, template, pool = (only(group, name) for name in ("disk", "kept", "template", "pool"))
+    disk, kept, template, pool = (only(group, name) for name in ("disk", "kept", "template", "another"))
     assert (disk.kind, disk.pool, disk.origin, disk.active, disk.read_only) == (
         "thin",
-        "pool",
+        "another",
         "template",
         True,
         False,
@@ -84,7 +84,7 @@ def test_thin_volumes_share_what_they_are_snapshots_of(group: VolumeGroup) -> No
     assert (disk.data_percent, template.data_percent) == (25.0, None)
     assert pool.kind == "thin-pool"
     assert pool.data_percent == 6.25
-    status = device_mapper.pool_status(f"{lvm2.device_name(group.name, 'pool')}-tpool")
+    status = device_mapper.pool_status(f"{lvm2.device_name(group.name, 'another')}-tpool")
     assert status is not None
     assert (status.data_used, status.data_size) == (4 * MIB, 64 * MIB)
     assert 0 < status.metadata_used < status.metadata_size
@@ -120,7 +120,7 @@ def test_every_refusal_is_told_apart(group: VolumeGroup) -> None:
     for ask in (
         lambda: group.create("large", 1 << 40, (), Layout()),
         lambda: group.resize("one", 1 << 40),
-        lambda: group.create_thin_pool("pool", 1 << 40),
+        lambda: group.create_thin_pool("large", 1 << 40),
     ):
         with pytest.raises(exceptions.InsufficientSpace, match="free space"):
             ask()

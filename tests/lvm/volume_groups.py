@@ -20,7 +20,9 @@ from imagebackend.storage.lvm2 import VolumeGroup
 MIB = 1 << 20
 #: Small, so that rounding up to it shows and costs little; the default is 4 MiB.
 EXTENT = MIB
-_SIZE = 4 << 30
+#: The name of the thin pool.
+POOL = "pool"
+_SIZE, _POOL_SIZE = 4 << 30, 1 << 30
 
 
 def run(*command: object) -> str:
@@ -53,24 +55,40 @@ def group_on(name: str, *devices: str, extent: int = EXTENT) -> Iterator[str]:
         subprocess.run(["vgremove", "--yes", "--force", name], capture_output=True, timeout=120)
 
 
-def empty(name: str) -> None:
-    """Remove everything from a volume group, and the mappings on top of it."""
+def empty(group: VolumeGroup) -> None:
+    """Remove everything from a volume group but the thin pool that all tests share, and the mappings on top of it."""
     for mapping in Path("/dev/mapper").glob("*-dmcrypt"):
         run("dmsetup", "remove", mapping.name)
-    run("lvremove", "--yes", "--force", name)
+    left = [volume.pool if "+pool+" in volume.pool else volume.name for volume in group.report()]
+    if left := sorted({*left} - {POOL}):
+        group.remove(*left)
 
 
 @pytest.fixture(scope="session")
-def session_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with (
-        loop_device(tmp_path_factory.mktemp("volume-group") / "device", _SIZE) as device,
-        group_on(f"test{os.getpid()}", device) as name,
-    ):
+def session_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The device that the volume group is on."""
+    with loop_device(tmp_path_factory.mktemp("volume-group") / "device", _SIZE) as device:
+        yield device
+
+
+@pytest.fixture(scope="session")
+def session_group(session_device: str) -> Iterator[str]:
+    with group_on(f"test{os.getpid()}", session_device) as name:
+        VolumeGroup(name, timeout=60).create_thin_pool(POOL, _POOL_SIZE)
         yield name
 
 
 @pytest.fixture
 def group(session_group: str) -> Iterator[VolumeGroup]:
-    """An empty volume group."""
-    yield VolumeGroup(session_group, timeout=60)
-    empty(session_group)
+    """A volume group with nothing in it but an empty thin pool, :data:`POOL`."""
+    opened = VolumeGroup(session_group, timeout=60)
+    yield opened
+    empty(opened)
+
+
+@pytest.fixture
+def group_folder(tmp_path: Path) -> Path:
+    """An empty folder beside an empty volume group."""
+    folder = tmp_path / "group-folder"
+    folder.mkdir()
+    return folder

@@ -70,7 +70,7 @@ def test_an_unknown_type_is_an_error_that_lists_the_known_ones(backend, image_ty
         lambda: backend.snapshot("/srv/instance/disk", image_type),
     ):
         with pytest.raises(
-            exceptions.InvalidConfiguration, match=r"is not one of default, flat, ploop, qcow2, raw"
+            exceptions.InvalidConfiguration, match=r"is not one of default, flat, lvm, ploop, qcow2, raw"
         ) as caught:
             act()
         assert caught.value.option == "[libvirt] images_type"

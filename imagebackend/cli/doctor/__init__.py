@@ -50,11 +50,13 @@ def doctor(session: Session, connect: str | None) -> None:
 
 def _examine(session: Session, uri: str | None) -> list[Finding]:
     from imagebackend.cli import hypervisor
-    from imagebackend.cli.doctor import configuration, libvirt_host, tools
+    from imagebackend.cli.doctor import configuration, libvirt_host, logical_volumes, tools
 
     conf, findings = configuration.examine(session.files, session.config_dirs)
     findings += tools.judge_tools(tools.find_tools(tools.TOOLS), conf.default_ephemeral_format)
     findings += _examine_folders(conf)
+    if conf.libvirt.images_type == "lvm":
+        findings += logical_volumes.judge_group(logical_volumes.look_at_group(conf), conf)
     virt_type = conf.libvirt.virt_type
     host = libvirt_host.look_at_host(uri or hypervisor.default_uri(virt_type), virt_type)
     return findings + libvirt_host.judge_host(host, virt_type, demanded=uri is not None)
