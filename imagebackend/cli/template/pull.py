@@ -24,7 +24,7 @@ __all__ = ["add", "default_name", "pull"]
 
 _EXTENSIONS = tuple(f".{extension}" for extension in (*FILE_FORMATS, "img", "iso", "vhd"))
 _COMPRESSED = (".bz2", ".gz", ".xz", ".zst")
-_SCHEMES = ("file", "http", "https")
+_SCHEMES = ("file", "glance", "http", "https", "rbd")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def _describes_source(command: Callable[..., Any]) -> Callable[..., Any]:
 def add(session: Session, name: str | None, wanted: _Wanted, url: str) -> None:
     """Fetch an image, inspect it, and put it into the cache under a name that is free.
 
-    The image comes from a file, or by http or https. It is converted to raw unless [DEFAULT] force_raw_images is off.
+    The image comes from a file, by http or https, from Glance (glance:CLOUD/IMAGE) or from a Ceph pool
+    (rbd:POOL/IMAGE@SNAPSHOT). It is converted to raw unless [DEFAULT] force_raw_images is off.
     """
     name = name or default_name(url)
     added, fetched = _pulled(session, name, url, wanted, "missing")
@@ -151,10 +152,14 @@ def _pulled(session: Session, name: str, url: str, wanted: _Wanted, policy: str)
 def default_name(url: str) -> str:
     """Return what a template is called after its source: the last part of its path, without a known extension.
 
+    An image in Ceph is meant by its own name, not by its snapshot's.
+
     :raises click.UsageError: that is no name for a template.
     """
     scheme, colon, _ = url.partition(":")
     path = urllib.parse.unquote(urllib.parse.urlsplit(url).path) if colon and scheme.lower() in _SCHEMES else url
+    if scheme.lower() == "rbd":
+        path = path.rpartition("/")[0] if url[len(scheme) :].startswith("://") else path.partition("@")[0]
     name = path.rpartition("/")[2]
     for extension in (*(f"{each}{packed}" for each in _EXTENSIONS for packed in _COMPRESSED), *_EXTENSIONS):
         name = name.removesuffix(extension)

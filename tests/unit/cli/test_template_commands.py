@@ -96,13 +96,20 @@ def test_what_cannot_be_checked_is_wrong_usage(
         ("debian-12.tar.gz", "debian-12.tar.gz"),
         ("https://host/debian-12.raw.xz", "debian-12"),
         ("/images/debian-12.qcow2.zst", "debian-12"),
+        ("rbd:images/debian-12@snap", "debian-12"),
+        ("rbd:images/tenant/debian-12", "debian-12"),
+        ("RBD://43ba3e63-fd79-4af3-9a49-74db8899da9e/images/debian-12/snap", "debian-12"),
+        ("glance:cloud/debian-12", "debian-12"),
+        ("glance:debian%2D12", "debian-12"),
     ],
 )
 def test_a_template_is_called_after_its_source(url: str, name: str) -> None:
     assert default_name(url) == name
 
 
-@pytest.mark.parametrize("url", ["https://images.example/", "/srv/-x.qcow2", "/srv/.qcow2", "a,b", "x" * 200, "é", ""])
+@pytest.mark.parametrize(
+    "url", ["https://images.example/", "/srv/-x.qcow2", "/srv/.qcow2", "a,b", "rbd:", "glance:", "x" * 200, "é", ""]
+)
 def test_a_source_with_no_usable_name_needs_one(url: str) -> None:
     with pytest.raises(click.UsageError, match="give a --name"):
         default_name(url)
