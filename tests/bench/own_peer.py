@@ -49,6 +49,11 @@ class Peer:
 
         return worker.spread(one, [instance], 1)
 
+    def pull(self, template: str, source: str) -> worker.Timing:
+        """Fetch a template that is not in the cache; ``source`` is the image's URL."""
+        fetch_func = imagebackend.open_source(source, self.conf).fetch
+        return worker.spread(lambda name: self.backend.templates.fetch(name, fetch_func), [template], 1)
+
     def describe(self, instance: str, times: int, anew: bool) -> worker.Timing:
         """Describe a disk for libvirt, in XML; with ``anew``, from an Image made each time."""
         device: tuple[Any, ...] = ("virtio", "vda", "disk", "none", {})
