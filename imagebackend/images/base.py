@@ -378,17 +378,18 @@ class Image(abc.ABC):
         """
         from imagebackend import guest
 
+        options = self.conf.libvirt
         disk = guest.LibvirtConfigGuestDisk(source_type=self.source_type, source_device=device_type)
-        if self.conf.libvirt.virt_type in _QEMU:
+        if options.virt_type in _QEMU:
             disk.driver_name = "qemu"
         self._describe_source(disk)
         if cache_mode is None:
-            modes = guest.parse_disk_cachemodes(self.conf.libvirt.disk_cachemodes)
+            modes = guest.parse_disk_cachemodes(options.disk_cachemodes)
             takes_direct_io = self.source_type != "file" or direct_io.reads(disk.source_path or self.path)
             cache_mode = guest.choose_cache_mode(self.source_type, modes, direct_io=takes_direct_io)
         disk.driver_cache = cache_mode
         disk.driver_io = guest.choose_io_mode(self.source_type, cache_mode, preallocated=self._is_preallocated())
-        disk.driver_discard = self.conf.libvirt.hw_disk_discard
+        disk.driver_discard = options.hw_disk_discard
         disk.target_dev = disk_dev
         disk.target_bus = disk_bus
         disk.boot_order = boot_order
@@ -396,7 +397,8 @@ class Image(abc.ABC):
         if disk_bus == "scsi" and disk_unit is not None:
             # All units on one virtio-scsi controller, which takes 256 of them.
             disk.device_addr = guest.LibvirtConfigGuestDeviceAddressDrive(controller=0, unit=disk_unit)
-        guest.disk_qos(disk, extra_specs)
+        if extra_specs:
+            guest.disk_qos(disk, extra_specs)
         return disk
 
     def libvirt_fs_info(self, target: str, driver_type: str | None = None) -> LibvirtConfigGuestFilesys:

@@ -10,7 +10,8 @@ import logging
 import os
 import pathlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 from oslo_config import cfg
@@ -27,6 +28,10 @@ LOG = logging.getLogger(__name__)
 #: Names in ``instances_path`` that are no instance's, and names in an instance's folder that are no disk's.
 _NO_INSTANCES = ("locks", "snapshots")
 _NO_DISKS = ("disk.info",)
+
+# Of a file: what changes if it does. The time of change is there since nobody can set it back.
+_identity: Callable[[os.stat_result], tuple[int, ...]]
+_identity = attrgetter("st_ino", "st_mtime_ns", "st_ctime_ns", "st_size")
 
 
 def for_disk(conf: cfg.ConfigOpts, instance: object, disk_name: str) -> DiskFile:
@@ -98,13 +103,12 @@ class DiskFile:
         """Return what changes if the disk's file or its record does; None if one of them is not there."""
         try:
             disk, record = os.lstat(self.path), os.lstat(f"{self.folder}/disk.info")
-            parts = [disk, record]
-            if stat.S_ISDIR(disk.st_mode):
-                parts += [os.lstat(self.descriptor), os.lstat(f"{self.path}/{ploop.ROOT_IMAGE}")]
+            if not stat.S_ISDIR(disk.st_mode):
+                return _identity(disk), _identity(record)
+            parts = os.lstat(self.descriptor), os.lstat(f"{self.path}/{ploop.ROOT_IMAGE}")
         except OSError:
             return None
-        # By the time of change, too: nobody can set that back.
-        return tuple([(each.st_ino, each.st_mtime_ns, each.st_ctime_ns, each.st_size) for each in parts])
+        return tuple(map(_identity, (disk, record, *parts)))
 
     def require(self) -> None:
         """Make sure that the disk is there and sound.

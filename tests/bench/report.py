@@ -125,11 +125,12 @@ def target_table(rows: list[Row]) -> str:
         for side in row.values:
             if row.is_met(side) is None:
                 continue
-            measured = f"{_number(statistics.median(row.values[OWN]))} {row.unit.partition(' ')[0]}"
+            unit = row.unit.partition(" ")[0]
+            wanted, measured = f"{_target(row, side)} {unit}", f"{_number(statistics.median(row.values[OWN]))} {unit}"
             if side != OWN:
-                measured = f"{_number(statistics.median(row.ratios(side)))}x"
+                wanted, measured = _target(row, side), f"{_number(statistics.median(row.ratios(side)))}x"
             against = "" if side == OWN else side
-            lines.append((row.title, against, _target(row, side), measured, _VERDICTS[row.is_met(side)]))
+            lines.append((row.title, against, wanted, measured, _VERDICTS[row.is_met(side)]))
     met = sum(line[-1] == _VERDICTS[True] for line in lines)
     return f"{_align(lines)}\n{met} of {len(lines) - 1} targets are met"
 
