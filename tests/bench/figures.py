@@ -137,17 +137,14 @@ class Figure:
 
 
 def warm_qcow2(bench: Bench, figure: str) -> list[Row | CountRow]:
-    tool = "qemu-img create -b"
-    rows: list[Row | CountRow] = []
+    tool, count = "qemu-img create -b", 5 if bench.quick else 20
     with bench.warm_workers("qcow2", bench.folder) as workers:
-        for count in (5,) if bench.quick else (20, 50):
-            contenders = _creators(bench, workers, count)
-            contenders[tool] = functools.partial(_qemu_img_create, bench, count)
-            title = f"warm qcow2 disk, {count} in turn"
-            results = bench.interleave(title, contenders)
-            commands = {tool: "qemu-img create -q -f qcow2 -F raw -b TEMPLATE DISK SIZE"}
-            rows.append(row(figure, title, "ms a disk", results, {NOVA: 60, tool: 4}, commands=commands))
-    return rows
+        contenders = _creators(bench, workers, count)
+        contenders[tool] = functools.partial(_qemu_img_create, bench, count)
+        title = f"warm qcow2 disk, {count} in turn"
+        results = bench.interleave(title, contenders)
+    commands = {tool: "qemu-img create -q -f qcow2 -F raw -b TEMPLATE DISK SIZE"}
+    return [row(figure, title, "ms a disk", results, {NOVA: 60, tool: 4}, commands=commands)]
 
 
 def warm_qcow2_threads(bench: Bench, figure: str) -> list[Row | CountRow]:
