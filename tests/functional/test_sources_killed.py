@@ -24,6 +24,7 @@ from imagebackend.conf import load_config
 from imagebackend.templates.cache import TemplateCache
 from imagebackend.templates.sources import http_transfer, open_source
 from tests.functional import web
+from tests.functional.filesystems import mounted_tmpfs
 
 MIB = 1 << 20
 CONTENT = random.Random(4).randbytes(MIB) + bytes(2 * MIB) + random.Random(5).randbytes(MIB // 2)
@@ -40,9 +41,16 @@ def nginx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[web.Nginx
 
 
 @pytest.fixture
-def conf(tmp_path: Path) -> cfg.ConfigOpts:
+def instances(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory: hundreds of times something is synced, which is of no use to those who outlive a kill."""
+    with mounted_tmpfs(tmp_path, 64 * MIB) as mount_point:
+        yield mount_point / "instances"
+
+
+@pytest.fixture
+def conf(instances: Path) -> cfg.ConfigOpts:
     conf = load_config([])
-    conf.set_override("instances_path", str(tmp_path / "instances"))
+    conf.set_override("instances_path", str(instances))
     conf.set_override("reflink", "never")
     return conf
 
@@ -84,13 +92,12 @@ def files(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("kind", ["file", "web server", "compressed"])
 def test_what_is_left_is_absent_or_whole_and_the_next_fetch_succeeds(
-    nginx: web.Nginx, conf: cfg.ConfigOpts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    nginx: web.Nginx, conf: cfg.ConfigOpts, instances: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(http_transfer, "_RECORDED_EVERY", 0.0)
     published = gzip.compress(CONTENT) if kind == "compressed" else CONTENT
     checksum = f"sha256:{nginx.put('image', published)}"
     url = str(nginx.folder / "www" / "image") if kind == "file" else f"{nginx.url}/image"
-    instances = tmp_path / "instances"
 
     def fetch() -> None:
         TemplateCache(conf).fetch("image", open_source(url, conf, checksum=checksum).fetch)
