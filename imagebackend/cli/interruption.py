@@ -28,7 +28,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._watched = False
+        self._watched: set[object] = set()
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
@@ -44,12 +44,13 @@ class Interruption:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Leave it to :meth:`check` to end the work in the block."""
-        self._watched = True
+        """Leave it to :meth:`check` to end the work in the block; several threads may have one each."""
+        work = object()
+        self._watched.add(work)
         try:
             yield
         finally:
-            self._watched = False
+            self._watched.discard(work)
             if self.signal is not None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
 

@@ -25,13 +25,14 @@ class Progress:
     :param label: what is being done: ``Fetching debian-12``.
     :param interruption: asked at each call whether to go on.
     :param silent: show nothing.
+    :param lines: show no bar: others are shown at a time.
     """
 
-    def __init__(self, label: str, interruption: Interruption, *, silent: bool) -> None:
+    def __init__(self, label: str, interruption: Interruption, *, silent: bool, lines: bool = False) -> None:
         self._label = label
         self._interruption = interruption
         self._silent = silent
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() and not lines
         self._bar: Any = None
         self._shown = -1
         self._done = self._total = 0

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +76,12 @@ class Session:
         elif text:
             click.echo(text)
 
-    def progress(self, label: str) -> contextlib.AbstractContextManager[Progress]:
-        """Give what shows the progress of the work in the block, and ends it when the user wants that."""
-        return Progress(label, self.interruption, silent=self.json).shown()
+    def progress(self, label: str, *, lines: bool = False) -> contextlib.AbstractContextManager[Progress]:
+        """Give what shows the progress of the work in the block, and ends it when the user wants that.
+
+        :param lines: show no bar: others are shown at a time.
+        """
+        return Progress(label, self.interruption, silent=self.json, lines=lines).shown()
 
 
 class Tally:
@@ -90,8 +93,10 @@ class Tally:
         self._exit_status = 0
 
     @contextlib.contextmanager
-    def one(self, name: str, done: str) -> Iterator[None]:
+    def one(self, name: str, done: str, facts: Mapping[str, Any] | None = None) -> Iterator[None]:
         """Note whether the block succeeded with ``name``; say ``done`` if so, and the error at once if not.
+
+        :param facts: what else the document says of it.
 
         Cancelling is for all of them, and propagates.
         """
@@ -102,11 +107,11 @@ class Tally:
         except exceptions.ImageBackendError as error:
             status = status_of(error)
             self._exit_status = self._exit_status or status
-            self._entries.append({"name": name, "error": output.error_document(error, status)})
+            self._entries.append({**(facts or {}), "name": name, "error": output.error_document(error, status)})
             if not self._session.json:
                 click.echo(f"imagebackend: {output.printable(output.message(error))}", err=True)
         else:
-            self._entries.append({"name": name})
+            self._entries.append({**(facts or {}), "name": name})
             if not self._session.json:
                 click.echo(done)
 

@@ -17,12 +17,14 @@ class ShownSource(Source):
 
     :param name: the template's.
     :param source: what it stands for.
+    :param lines: show no bar: others are shown at a time.
     :ivar fetched: whether it was asked for the image.
     """
 
-    def __init__(self, session: Session, name: str, source: Source) -> None:
+    def __init__(self, session: Session, name: str, source: Source, *, lines: bool = False) -> None:
         self._session = session
         self._name = name
+        self._lines = lines
         self._source = source
         self.resumable = self._source.resumable
         self.fetched = False
@@ -32,7 +34,7 @@ class ShownSource(Source):
 
     def fetch(self, target: str, progress: object = None, **options: Any) -> Fetched:
         self.fetched = True
-        with self._session.progress(f"Fetching {self._name}") as fetching:
+        with self._session.progress(f"Fetching {self._name}", lines=self._lines) as fetching:
             return self._source.fetch(target, fetching, **options)
 
     def unchanged_since(self, **known: Any) -> bool:

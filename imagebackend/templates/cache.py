@@ -18,6 +18,7 @@ from imagebackend.templates import (
     entries,
     eviction,
     leases,
+    precaching,
     pulling,
     record,
     removal,
@@ -32,6 +33,7 @@ from imagebackend.templates.folder import TemplateFolder
 from imagebackend.templates.lease_book import LeaseBook
 from imagebackend.templates.leases import Lease, Owner
 from imagebackend.templates.native import NativeTemplates
+from imagebackend.templates.precaching import Precached, Wanted
 from imagebackend.templates.pruning import Policy
 from imagebackend.templates.pulling import POLICIES
 from imagebackend.templates.record import Template
@@ -205,6 +207,19 @@ class TemplateCache:
             return self.get(name)
         request = Request(names.check_name("template", name), source.fetch, size=size, progress=progress)
         return pulling.pull(self._folder, request, source, policy)
+
+    def precache(
+        self, wanted: Sequence[Wanted], stores: Sequence[NativeTemplates] = (), *, at_once: int | None = None
+    ) -> Sequence[Precached]:
+        """Have templates ready before a guest needs them: pulled, and made into what stores make disks from.
+
+        One that fails does not keep the others, and is in the answer with its error.
+
+        :param stores: such as :meth:`.Backend.native_templates` returns.
+        :param at_once: how many are worked on at a time; None: ``[image_cache] precache_concurrency``.
+        :returns: what came of each, in the same order.
+        """
+        return precaching.precache(self, wanted, stores, at_once or self._conf.image_cache.precache_concurrency)
 
     def is_file_gone(self, owner: Owner) -> bool:
         """Return whether a disk, if it is a file of this host, is provably not there."""

@@ -12,6 +12,7 @@ from imagebackend import Backend, exceptions
 from imagebackend.images.rbd import Rbd
 from imagebackend.templates import eviction
 from tests.functional.ceph import Contents, rbd_backend
+from tests.functional.cli_command import Command
 from tools.private_ceph import Cluster
 
 DAY = 86400
@@ -90,3 +91,27 @@ def test_a_template_in_the_pool_that_is_cloned_after_the_decision_stays(
 
     assert (report.removed, report.failed) == ([], [])
     assert images(ceph, rbd_pool) == ["new_disk", "template:template"]
+
+
+@pytest.mark.parametrize("size", [None, 64 << 20])
+def test_what_is_made_ahead_spares_the_first_guest_the_import(
+    backend: Backend, ceph: Cluster, rbd_pool: str, template: Contents, tmp_path: Path, size: int | None
+) -> None:
+    command = Command(tmp_path)
+    command.configure(
+        "",
+        "[libvirt]",
+        "images_type = rbd",
+        f"images_rbd_pool = {rbd_pool}",
+        f"images_rbd_ceph_conf = {ceph.configuration}",
+    )
+
+    pulled = command.json("template", "pull", "--for-backend", "rbd", "--name", "debian", template.path)
+
+    assert (pulled["pulled"], pulled["stores"]) == (True, ["rbd"])
+    assert images(ceph, rbd_pool) == ["template:debian"]
+    backend.image("vm", "disk").cache(lambda target: pytest.fail("fetched again"), "debian", size)
+    assert images(ceph, rbd_pool) == ["template:debian", "vm_disk"]
+    assert command.done("template", "pull", "--for-backend", "rbd", "--name", "debian", template.path) == (
+        "template debian is there: raw, 24 MiB; ready in rbd\n"
+    )

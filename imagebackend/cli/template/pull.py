@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,10 @@ import click
 from imagebackend import exceptions, names
 from imagebackend.cli.output import human_size
 from imagebackend.cli.parameters import FILE_FORMATS, complete_format, parse_format, parse_size
-from imagebackend.cli.session import Session
+from imagebackend.cli.session import Session, Tally
 
 if TYPE_CHECKING:
-    from imagebackend.templates.record import Template
+    from imagebackend.templates.precaching import Precached, Wanted
     from imagebackend.templates.sources import Source
 
 __all__ = ["add", "default_name", "pull"]
@@ -28,7 +29,7 @@ _SCHEMES = ("file", "glance", "http", "https", "rbd")
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Description:
     """What an image has to be.
 
     :ivar tree: it is made of a root file system.
@@ -59,7 +60,7 @@ def _describes_source(command: Callable[..., Any]) -> Callable[..., Any]:
     def describe(
         *args: Any, claimed: str | None, checksum: str | None, tree: bool, tree_size: int | None, **others: Any
     ) -> Any:
-        return command(*args, wanted=_Wanted(claimed, checksum, tree, tree_size), **others)
+        return command(*args, description=_Description(claimed, checksum, tree, tree_size), **others)
 
     options = (
         click.option(
@@ -102,15 +103,17 @@ def _describes_source(command: Callable[..., Any]) -> Callable[..., Any]:
 @_describes_source
 @click.argument("url", metavar="URL_OR_FILE")
 @click.pass_obj
-def add(session: Session, name: str | None, wanted: _Wanted, url: str) -> None:
+def add(session: Session, name: str | None, description: _Description, url: str) -> None:
     """Fetch an image, inspect it, and put it into the cache under a name that is free.
 
     The image comes from a file, by http or https, from Glance (glance:CLOUD/IMAGE) or from a Ceph pool
     (rbd:POOL/IMAGE@SNAPSHOT). It is converted to raw unless [DEFAULT] force_raw_images is off.
     """
     name = name or default_name(url)
-    added, fetched = _pulled(session, name, url, wanted, "missing")
-    if not fetched:
+    pull = _Pull(session, name, url, description, is_one_of_several=False)
+    with session.progress(f"Converting {name}") as progress:
+        added = session.backend.templates.pull(name, pull.source, progress=progress)
+    if not pull.source.fetched:
         raise exceptions.TemplateExists(name, f"it came from {added.source}; 'template pull' looks for a newer one")
     session.show(added.as_dict(), f"template {name} added: {added.format}, {human_size(added.virtual_size)}")
 
@@ -124,29 +127,94 @@ def add(session: Session, name: str | None, wanted: _Wanted, url: str) -> None:
     show_default=True,
     help="When to ask the source for a template that is there.",
 )
-@click.argument("url", metavar="URL_OR_FILE")
+@click.option(
+    "--for-backend",
+    "image_types",
+    metavar="TYPE",
+    multiple=True,
+    help="Also make what the store of this type makes disks from, so that the first guest does not wait for it.",
+)
+@click.option(
+    "--at-once",
+    metavar="NUMBER",
+    type=click.IntRange(1),
+    help="How many images to pull at a time. Default: [image_cache] precache_concurrency.",
+)
+@click.argument("urls", metavar="URL_OR_FILE...", nargs=-1, required=True)
 @click.pass_obj
-def pull(session: Session, name: str | None, wanted: _Wanted, policy: str, url: str) -> None:
-    """Make sure that an image is in the cache, and, with --policy newer, that it is the one that its source has.
+def pull(
+    session: Session,
+    name: str | None,
+    description: _Description,
+    policy: str,
+    image_types: tuple[str, ...],
+    at_once: int | None,
+    urls: tuple[str, ...],
+) -> None:
+    """Make sure that images are in the cache, and, with --policy newer, that they are those that their sources have.
 
     A template that is there is kept until what replaces it is complete, and for as long as disks depend on it: then it
     goes by NAME@DIGITS. A source that cannot be reached is an error only if there is nothing to go on with.
+
+    With several images, one that cannot be pulled does not keep the others.
     """
-    name = name or default_name(url)
-    pulled, fetched = _pulled(session, name, url, wanted, policy)
-    outcome = "pulled" if fetched else "is up to date" if policy == "newer" else "is there"
-    size = human_size(pulled.virtual_size)
-    session.show({**pulled.as_dict(), "pulled": fetched}, f"template {name} {outcome}: {pulled.format}, {size}")
+    if len(urls) > 1 and (name or description.checksum):
+        raise click.UsageError("--name and --checksum are for one image")
+    pulls = [_Pull(session, name or default_name(url), url, description, len(urls) > 1) for url in urls]
+    twice = {each.name for each in pulls if [other.name for other in pulls].count(each.name) > 1}
+    if twice:
+        raise click.UsageError(f"several images would be called {', '.join(sorted(twice))}")
+    stores = session.backend.native_templates(*image_types) if image_types else []
+    with contextlib.ExitStack() as shown:
+        wanted = [each.wanted(policy, shown) for each in pulls]
+        results = session.backend.templates.precache(wanted, stores, at_once=at_once)
+    _show(session, pulls, results, policy)
 
 
-def _pulled(session: Session, name: str, url: str, wanted: _Wanted, policy: str) -> tuple[Template, bool]:
-    """Return a template, and whether it was fetched."""
-    from imagebackend.cli.shown_source import ShownSource
+class _Pull:
+    """An image that is to be pulled, and how that is shown."""
 
-    source = ShownSource(session, name, wanted.open(session, url))
-    with session.progress(f"Converting {name}") as progress:
-        template = session.backend.templates.pull(name, source, policy, progress=progress)
-    return template, source.fetched
+    def __init__(
+        self, session: Session, name: str, url: str, description: _Description, is_one_of_several: bool
+    ) -> None:
+        from imagebackend.cli.shown_source import ShownSource
+
+        self.name = name
+        self._session = session
+        self._lines = is_one_of_several
+        self.source = ShownSource(session, name, description.open(session, url), lines=is_one_of_several)
+
+    def wanted(self, policy: str, shown: contextlib.ExitStack) -> Wanted:
+        """Return what the library is asked for; its progress is shown until the end of ``shown``."""
+        from imagebackend.templates.precaching import Wanted
+
+        progress = shown.enter_context(self._session.progress(f"Converting {self.name}", lines=self._lines))
+        return Wanted(self.name, self.source, policy, progress)
+
+    def outcome(self, policy: str) -> str:
+        """Return what to say of a pull that succeeded."""
+        return "pulled" if self.source.fetched else "is up to date" if policy == "newer" else "is there"
+
+
+def _show(session: Session, pulls: list[_Pull], results: Sequence[Precached], policy: str) -> None:
+    if len(results) == 1 and results[0].error is not None:
+        raise results[0].error
+    tally = Tally(session)
+    for each, result in zip(pulls, results, strict=True):
+        facts: dict[str, Any] = {}
+        text = ""
+        if result.template is not None:
+            size = human_size(result.template.virtual_size)
+            text = f"template {each.name} {each.outcome(policy)}: {result.template.format}, {size}"
+            text += "".join(f"; ready in {store}" for store in result.stores)
+            facts = {**result.template.as_dict(), "pulled": each.source.fetched, "stores": list(result.stores)}
+        if len(results) == 1:
+            session.show(facts, text)
+            return
+        with tally.one(each.name, text, facts):
+            if result.error is not None:
+                raise result.error
+    tally.finish("templates")
 
 
 def default_name(url: str) -> str:

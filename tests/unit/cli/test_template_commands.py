@@ -169,6 +169,30 @@ def test_a_template_is_pulled_as_the_policy_says(command: Command) -> None:
     assert command.run("template", "pull", "--policy", "perhaps", image).exit_code == 2
 
 
+def test_several_images_are_pulled_at_a_time_and_one_that_fails_does_not_keep_the_others(command: Command) -> None:
+    images = [command.raw_image(f"image{number}.raw") for number in range(3)]
+    images[1].unlink()
+
+    result = command.run("template", "pull", "--at-once", "2", *images)
+
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [f"template image{number} pulled: raw, 1 MiB" for number in (0, 2)]
+    assert "imagebackend: cannot fetch file://" in result.stderr
+    document = command.json("template", "pull", *images)["templates"]
+    assert [each["name"] for each in document] == ["image0", "image1", "image2"]
+    assert [each.get("pulled") for each in document] == [False, None, False]
+    assert document[1]["error"]["type"] == "FetchFailed"
+
+
+def test_what_is_pulled_is_called_something_of_its_own(command: Command) -> None:
+    image = command.raw_image("base.raw")
+    for words in ((image, image), ("--name", "x", image, "other.raw"), ("--checksum", "md5:0", image, "other.raw")):
+        assert command.run("template", "pull", *words).exit_code == 2
+    assert command.run("template", "pull", "--at-once", "0", image).exit_code == 2
+    assert command.run("template", "pull", "--for-backend", "nothing", image).exit_code != 0
+    assert command.json("template", "pull", "--for-backend", "qcow2", image)["stores"] == []
+
+
 def test_a_disk_is_made_from_a_template_by_its_tag(command: Command) -> None:
     command.done("template", "add", "--name", "base-1", command.raw_image())
     assert command.done("template", "tag", "base-1", "stable") == "template base-1 is stable, too\n"
