@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
 import logging
@@ -27,6 +28,7 @@ from imagebackend.templates import (
     verification,
 )
 from imagebackend.templates.catalogue import HINT, Catalogue
+from imagebackend.templates.events import Observer
 from imagebackend.templates.eviction import Report
 from imagebackend.templates.fetching import FetchFunction, Progress, Request
 from imagebackend.templates.folder import TemplateFolder
@@ -82,6 +84,11 @@ class TemplateCache:
     def folder(self) -> str:
         """The folder that holds the templates."""
         return self._folder.path
+
+    @property
+    def observers(self) -> builtins.list[Observer]:
+        """Who is told what happens, by whatever thread of this process; see :mod:`imagebackend.templates.events`."""
+        return self._folder.events.observers
 
     def path(self, name: str) -> str:
         """Return what agents may call a template by in place of its name: the path of its file, as a rule.
@@ -287,16 +294,20 @@ class TemplateCache:
         record.check_reference(name)
         if fetch_func is None:
             name = trust.require(self._folder, name, HINT)
+        is_told = False
         while True:
             with self._folder.lock(name, shared=True):
                 template = trust.trusted(self._folder, name, size)
                 if template is not None:
                     self._note_use(template.file)
+                    if not is_told:
+                        self._folder.events.tell("hit", template.name)
                     yield template
                     return
             # Examined, resolved or fetched; then it is looked at again under the lock.
             if fetch_func is not None:
                 name = pulling.fetch(self._folder, Request(name, fetch_func, args, kwargs, size, progress)).name
+                is_told = True
             elif trust.usable(self._folder, name, size, progress) is None:
                 trust.require(self._folder, name, HINT)
 

@@ -36,7 +36,10 @@ class Event:
 
     :ivar kind: one of :data:`KINDS`.
     :ivar template: the name of the template; of its file, for leases.
-    :ivar facts: more about it, by kind: ``source``, ``size``, ``seconds``; ``done``, ``total``; ``reason``, ``users``.
+    :ivar facts: more about it, by kind. ``fetch.progress``: ``done`` and ``total``, in bytes. ``fetch.finished``:
+        ``source``, ``format``, ``size`` of the file in bytes, ``seconds``. ``fetch.failed``: ``error``, ``seconds``.
+        ``evicted``: ``store``, ``size`` in bytes, ``reason``. ``quarantined``: ``reason``, ``users``. Leases:
+        ``instance``, ``disk``, ``host``, ``path``.
     """
 
     kind: str

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from imagebackend.storage import digest, publish
 from imagebackend.templates import conversion, download, inspection, record
 from imagebackend.templates.folder import TemplateFolder
 from imagebackend.templates.record import Happening, Template
-from imagebackend.templates.sources import Fetched
+from imagebackend.templates.sources import Fetched, Source
 
 __all__ = ["Arrival", "FetchFunction", "Progress", "Request", "arriving", "check_size", "open_image"]
 
@@ -24,6 +25,10 @@ __all__ = ["Arrival", "FetchFunction", "Progress", "Request", "arriving", "check
 #: source is one, and what it returns saves reading the image once more; any other result is ignored.
 FetchFunction = Callable[..., object]
 Progress = Callable[[int, int], None]
+
+
+# What is told of a fetch that succeeded.
+_TOLD = ("source", "format", "size", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,11 @@ class Arrival:
         self._target = target
         self._path: str | None = None
         self._mends = False
+
+    @property
+    def size(self) -> int:
+        """The length of the file, in bytes."""
+        return os.fstat(self._descriptor).st_size
 
     def named(self, file: str, *, mends: bool = False) -> Template:
         """Return the image as it is to be recorded once :meth:`publish` has given its file a name in the folder.
@@ -124,17 +134,50 @@ def arriving(folder: TemplateFolder, request: Request, temporary: str) -> Iterat
     An exception of the request's function propagates.
     """
     target = folder.download(temporary)
-    with contextlib.ExitStack() as undo:
+    with _told(folder, request) as (request, facts), contextlib.ExitStack() as undo:
         undo.enter_context(download.opened(target, resume=request.is_resumable))
         faults.point("template.fetch.start")
         fetched = request.fetch(target)
         faults.point("template.fetch.fetched")
         image = undo.enter_context(open_image(target, os.O_RDWR))
         arrival = _accepted(folder, request, temporary, fetched, image, undo)
+        facts.update(source=arrival.template.source, format=arrival.template.format, size=arrival.size)
         with contextlib.ExitStack() as discard:
             discard.callback(arrival.take_back_quietly)
             yield arrival
             discard.pop_all()
+
+
+@contextlib.contextmanager
+def _told(folder: TemplateFolder, request: Request) -> Iterator[tuple[Request, dict[str, Any]]]:
+    """Tell of the fetch in the block, and of its progress; give the request to do it with, and facts to be filled in.
+
+    They are ``source``, ``format`` and ``size``.
+    """
+    events, name, report = folder.events, request.name, request.progress
+
+    def tell_progress(done: int, total: int) -> None:
+        events.tell("fetch.progress", name, done=done, total=total)
+        if report is not None:
+            report(done, total)
+
+    # A function of an agent's may not take progress= unless the agent asks for it.
+    if events.observers and (report is not None or isinstance(getattr(request.fetch_func, "__self__", None), Source)):
+        request = dataclasses.replace(request, progress=tell_progress)
+    facts: dict[str, Any] = {}
+    began = time.monotonic()
+    events.tell("fetch.started", name, "is being fetched")
+    try:
+        yield request, facts
+    except BaseException as error:
+        kind, seconds = type(error).__name__, time.monotonic() - began
+        # What an agent's function raises may say anything, a password included; its caller gets it.
+        reason = error if isinstance(error, exceptions.ImageBackendError) else kind
+        events.tell("fetch.failed", name, "is not fetched: %s", reason, error=kind, seconds=seconds)
+        raise
+    facts["seconds"] = time.monotonic() - began
+    told = "fetched from %s: %s, %d bytes in %.1f s"
+    events.tell("fetch.finished", name, told, *(facts[each] for each in _TOLD), **facts)
 
 
 @contextlib.contextmanager

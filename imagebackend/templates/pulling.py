@@ -26,6 +26,7 @@ def fetch(folder: TemplateFolder, request: Request) -> Template:
     if template is None and (meant := trust.resolve(folder, request.name)) != request.name:
         template = trust.usable(folder, meant, request.size, request.progress)
     if template is not None:
+        folder.events.tell("hit", template.name)
         return template
     with folder.lock(names.check_name("template", request.name)):
         return fetch_locked(folder, request)
@@ -34,10 +35,11 @@ def fetch(folder: TemplateFolder, request: Request) -> Template:
 def fetch_locked(folder: TemplateFolder, request: Request) -> Template:
     """Return a template, fetched if it is absent; under its exclusive lock."""
     template = folder.read(request.name)
-    if template is None:
-        template = placement.fetch_new(folder, request)
-        _tell("fetched", template)
-    return template
+    if template is not None:
+        folder.events.tell("hit", template.name)
+        return template
+    folder.events.tell("miss", request.name, "is not in the cache")
+    return placement.fetch_new(folder, request)
 
 
 def pull(folder: TemplateFolder, request: Request, source: Source, policy: str) -> Template:
@@ -53,8 +55,9 @@ def pull(folder: TemplateFolder, request: Request, source: Source, policy: str) 
     try:
         if policy == "newer" and sound is not None and _is_unchanged(source, sound):
             LOG.debug("template %s is what %s has", name, sound.source)
+            folder.events.tell("hit", name)
             return sound
-        template = placement.replace(folder, request, current)
+        return placement.replace(folder, request, current)
     except (exceptions.ChecksumMismatch, exceptions.SignatureInvalid):
         raise
     except exceptions.FetchFailed as error:
@@ -62,8 +65,6 @@ def pull(folder: TemplateFolder, request: Request, source: Source, policy: str) 
             raise
         LOG.warning("template %s stays as it is: %s", name, error)
         return sound
-    _tell("pulled", template)
-    return template
 
 
 def _sound(folder: TemplateFolder, request: Request) -> Template | None:
@@ -78,10 +79,4 @@ def _sound(folder: TemplateFolder, request: Request) -> Template | None:
 def _is_unchanged(source: Source, template: Template) -> bool:
     return source.unchanged_since(
         sha256=template.sha256, etag=template.etag or None, last_modified=template.last_modified or None
-    )
-
-
-def _tell(what: str, template: Template) -> None:
-    LOG.info(
-        "template %s %s from %s: %s, %d bytes", template.name, what, template.source, template.format, template.size
     )

@@ -101,7 +101,7 @@ def test_verbose_logs_what_is_done(command: Command) -> None:
     with_json = command.run("-v", "--json", "template", "add", "--name", "c", image)
 
     assert "INFO imagebackend" not in quiet
-    assert "INFO imagebackend.templates.pulling: template b fetched from file://" in loud
+    assert "INFO imagebackend.templates.events: template b fetched from file://" in loud
     assert "template c fetched" in with_json.stderr
     assert json.loads(with_json.stdout)["name"] == "c"
 
