@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ten thousand templates and a hundred thousand disks: what looking after them costs, in system calls."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imagebackend import Backend
+from imagebackend.templates.leases import Owner
+from tests import counting
+from tests.contract.conftest import configured
+
+SMALL, LARGE = 1_000, 10_000
+DISKS = 10
+
+SETUP = """
+from imagebackend import Backend, load_config
+from imagebackend.templates.leases import Owner
+conf = load_config()
+conf.set_override("instances_path", "{folder}")
+conf.set_override("images_type", "qcow2", group="libvirt")
+templates = Backend(conf).templates
+owner = Owner("vm", "disk", "host", "/vm/disk")
+policy = templates.policy(minimum_age=0, total_size_limit=1, free_space_target=1)
+def act():
+    {work}
+"""
+
+#: What is done, and how many system calls each template, with ten disks, may cost.
+WORK = {
+    "list": ("return templates.catalogue.entries()", 25),
+    "dry run": ("return templates.prune(policy, dry_run=True).decisions", 25),
+    "lease check": ("return templates.lease_book.leases()", 8 + DISKS),
+    "what is in use": ("return [templates.leases(name) for name in templates.names()]", 16 + DISKS),
+}
+
+
+def fill(folder: Path, templates: int) -> None:
+    """Have so many templates, and ten times as many disks that depend on them."""
+    backend = Backend(configured(folder, "qcow2"))
+    first = backend.templates.fetch("template", lambda target: Path(target).write_bytes(b"x" * 4096))
+    base, record = folder / "_base", (folder / "_base" / ".records" / "template.json").read_text()
+    for number in range(templates):
+        name = f"template{number}"
+        os.link(first.path, base / name)
+        (base / ".records" / f"{name}.json").write_text(record.replace('"template"', f'"{name}"'))
+        for disk in range(DISKS):
+            instance = f"vm{number}-{disk}"
+            backend.templates.lease(name, Owner(instance, "disk", "host", f"{folder}/{instance}/disk"))
+    backend.templates.remove("template")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Path]]:
+    # In memory, where making so many files takes seconds.
+    mounted = tmp_path_factory.mktemp("large")
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", mounted], check=True)
+    try:
+        made = {size: mounted / str(size) for size in (SMALL, LARGE)}
+        for size, folder in made.items():
+            fill(folder, size)
+        yield made
+    finally:
+        subprocess.run(["umount", mounted], check=True)
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_what_it_costs_grows_with_what_there_is_and_no_process_starts(folders: dict[int, Path], work: str) -> None:
+    code, most = WORK[work]
+    counts = {
+        size: counting.count("act()", setup=SETUP.format(folder=folder, work=code), timeout=300)
+        for size, folder in folders.items()
+    }
+    for size, found in counts.items():
+        assert (found.processes, found.execs, found.syncs, found.bytes_written) == (0, 0, 0, 0)
+        assert found.total <= most * size, (work, size, found.total / size, found.by_name)
+    assert counts[LARGE].total <= 1.05 * (LARGE / SMALL) * counts[SMALL].total
+
+
+def test_all_of_them_are_there(folders: dict[int, Path]) -> None:
+    templates = Backend(configured(folders[LARGE], "qcow2")).templates
+    entries = templates.catalogue.entries()
+    assert [len(entries), {each.users for each in entries}, {each.damage for each in entries}] == [
+        LARGE,
+        {DISKS},
+        {None},
+    ]
+    decisions = templates.prune(templates.policy(total_size_limit=1), dry_run=True).decisions
+    assert {(each.remove, each.reason) for each in decisions} == {(False, f"in use by {DISKS} disks")}
+    assert len(templates.lease_book.leases()) == LARGE * DISKS
+
+
+def test_what_takes_a_template_does_not_grow_with_what_else_is_there(folders: dict[int, Path]) -> None:
+    work = """
+    with templates.use("template7") as template:
+        templates.lease(template.file, owner)
+        templates.release(template.file, owner)
+"""
+    setups = [SETUP.format(folder=folder, work=work.strip()) for folder in folders.values()]
+    # Once before, which also loads what is loaded once.
+    assert len({counting.count("act()", setup=f"{setup}\nact()").total for setup in setups}) == 1
