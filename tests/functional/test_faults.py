@@ -18,6 +18,7 @@ import pytest
 
 from imagebackend import exceptions, faults
 from imagebackend.images.qcow2 import Qcow2
+from imagebackend.templates.precaching import Wanted
 from imagebackend.templates.sources import open_source
 from tests.contract.conftest import MIB, STORES, RbdStore, Store, open_store
 
@@ -151,6 +152,12 @@ def without_leases(store: Store) -> None:
     shutil.rmtree(store.folder / "_base" / ".leases")
 
 
+def precache(store: Store) -> None:
+    wanted = Wanted("template", open_source(str(store.source), store.conf))
+    (result,) = store.backend.templates.precache([wanted], store.backend.native_templates())
+    assert result.error is None
+
+
 OPERATIONS = {
     "create, cold": Operation(nothing, make),
     "create, cold, from qcow2": Operation(nothing, make_cold_converted),
@@ -180,6 +187,7 @@ OPERATIONS = {
     "pull back": Operation(pulled, pull_back),
     "remove template": Operation(template, remove_template, done=(exceptions.TemplateNotFound,)),
     "prune": Operation(once_used, prune),
+    "precache": Operation(nothing, precache, only="rbd"),
     "rebuild leases": Operation(without_leases, lambda store: store.backend.rebuild_leases(), only="qcow2"),
 }
 
