@@ -31,8 +31,11 @@ LOG = logging.getLogger(__name__)
 # For how many seconds a lock's file is left although nobody holds it: making it again costs little, but not nothing.
 _LOCK_AGE = 3600
 _TEMPORARY = re.compile(r"\.(.+?)\.(download\.part|download|partial|verify)", re.DOTALL)
-# The kinds of locks that templates and disks have.
-_LOCKS = ("template-", "pull-", "verify-", "disk-", "record-", "rbd-template-")
+# The kinds of locks that templates and disks have. What else is there stays: "replacing-" begins the names of notes.
+_LOCKS = (
+    *("template-", "pull-", "verify-", "rbd-template-", "lvm-template-", "ploop-template-"),
+    *("disk-", "record-", "clearing-", "extract-"),
+)
 
 
 @dataclass(frozen=True)

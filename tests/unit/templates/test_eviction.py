@@ -354,6 +354,7 @@ class TestSweeping:
     def test_old_locks(self, cache, base):
         folder = cache.folder / "locks"
         ours = ["template-gone", "pull-template", "verify-template", "disk-i_d", "record-i", "rbd-template-x"]
+        ours += ["lvm-template-x", "ploop-template-x", "clearing-x", "extract-0"]
         others = ["nova-storage-registry-lock", "template-template", "replacing-i_d", "x"]
         for name in (*ours, *others):
             (folder / name).touch()
