@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from imagebackend import exceptions, faults, locks
@@ -67,9 +67,10 @@ def decide(folder: TemplateFolder, stores: Sequence[NativeTemplates], policy: Po
     found = entries.entries(folder)
     busy = _busy(folder)
     candidates = [_candidate(entry, busy) for entry in found]
+    parents = _by_content(found) if stores else {}
     for store in stores:
         try:
-            candidates += [_native_candidate(store.image_type, each, found) for each in store.list()]
+            candidates += [_native_candidate(store.image_type, each, parents) for each in store.list()]
         except exceptions.ImageBackendError as error:
             report.failed.append((store.image_type, error))
     report.decisions = pruning.plan(candidates, policy, time.time(), _free(folder))
@@ -157,19 +158,30 @@ def _candidate(entry: Entry, busy: frozenset[str]) -> Candidate:
     )
 
 
-def _native_candidate(image_type: str, native: NativeTemplate, found: Sequence[Entry]) -> Candidate:
+def _by_content(found: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:
+    """Return the templates by the name that they have or had, and by the digest of what was fetched."""
+    parents: dict[tuple[str, str], list[Entry]] = {}
+    for entry in found:
+        if entry.template is not None:
+            parents.setdefault((record.base_name(entry.name), entry.template.sha256), []).append(entry)
+    return parents
+
+
+def _native_candidate(
+    image_type: str, native: NativeTemplate, parents: Mapping[tuple[str, str], Sequence[Entry]]
+) -> Candidate:
     """Return a template in another store, which is pinned, and used, as the one that it was made from."""
     candidate = Candidate(native.name, image_type, own=native.used, users=len(native.users))
     try:
         last_used = record.seconds(native.made)
     except ValueError:
         return dataclasses.replace(candidate, unknown=f"it does not say when it was made: {native.made!r}")
-    for entry in found:
-        parent = entry.template
-        if parent is not None and (record.base_name(entry.name), parent.sha256) == (native.name, native.sha256):
-            last_used = max(last_used, entry.last_used)
-            candidate = dataclasses.replace(candidate, pinned=candidate.pinned or parent.pinned)
-    return dataclasses.replace(candidate, last_used=last_used)
+    found = parents.get((native.name, native.sha256), ())
+    return dataclasses.replace(
+        candidate,
+        last_used=max([last_used, *(entry.last_used for entry in found)]),
+        pinned=any(entry.template is not None and entry.template.pinned for entry in found),
+    )
 
 
 def _busy(folder: TemplateFolder) -> frozenset[str]:

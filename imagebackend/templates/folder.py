@@ -260,8 +260,12 @@ class TemplateFolder:
 
         :raises CorruptRecord: a record that may be its cannot be understood.
         """
-        name = record.base_name(file)
-        for each in (name, file, *self.generations(file)):
+        # The record that most probably is its own comes first: then nothing has to be listed.
+        for each in dict.fromkeys((file, record.base_name(file))):
+            template = self.read(each, check_file=False)
+            if template is not None and template.file == file:
+                return template
+        for each in self.generations(file):
             template = self.read(each, check_file=False)
             if template is not None and template.file == file:
                 return template
