@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong with volumes: killed processes, full pools, devices that fail, names and tags that are not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imagebackend import exceptions
+from imagebackend.images.base import Image
+from imagebackend.images.lvm import Lvm
+from imagebackend.storage.lvm2 import Layout, VolumeGroup
+from tests.contract.conftest import MIB, TEMPLATE_SIZE, LvmStore, open_store, template_content
+from tests.functional.test_faults import OPERATIONS, again, check_left, run, state_of, steps_of
+from tests.lvm import volume_groups
+from tests.lvm.volume_groups import group_on, loop_device
+
+# What other backends' sweeps do not cover: steps that change volumes.
+OWN_STEPS = ("disk.", "template.copy.", "template.size.")
+SWEPT = {
+    "lvm-thin": ("create, cold", "roll back"),
+    "lvm-thick": ("import over a disk",),
+}
+
+
+@pytest.fixture
+def opened(request: pytest.FixtureRequest) -> Callable[..., LvmStore]:
+    """Return what opens a store by the name that it has in the contract suite."""
+
+    def open_by_name(name: str, **options: Any) -> LvmStore:
+        store = open_store(name, request)
+        assert isinstance(store, LvmStore)
+        store.conf.set_override("lock_timeout", 5.0)
+        for option, value in options.items():
+            store.conf.set_override(option, value, group="libvirt")
+        return store
+
+    return open_by_name
+
+
+@pytest.mark.parametrize(("name", "operation"), [(name, each) for name, some in SWEPT.items() for each in some])
+def test_killed_after_any_step_nothing_is_half_made_or_lost(
+    opened: Callable[..., LvmStore], group_folder: Path, name: str, operation: str
+) -> None:
+    chosen = OPERATIONS[operation]
+
+    def fresh() -> LvmStore:
+        shutil.rmtree(group_folder)
+        group_folder.mkdir()
+        store = opened(name)
+        store.empty()
+        chosen.before(store)
+        return store
+
+    store = fresh()
+    before = state_of(store)
+    steps = steps_of(lambda: chosen.act(store))
+    after, files = state_of(store), store.files()
+    assert any(step.startswith(OWN_STEPS) for step in steps)
+
+    for number, step in enumerate(steps):
+        if not step.startswith(OWN_STEPS):
+            continue
+        store = fresh()
+        assert run(number, lambda store=store: chosen.act(store)) == -signal.SIGKILL, step
+        check_left(before, after, state_of(store), step)
+        again(chosen, store)
+        assert state_of(store) == after, f"repeated after {step}"
+        assert store.files() == files, f"left over after {step}"
+
+
+def test_a_full_pool_takes_no_disk_and_says_what_to_do(opened: Callable[..., LvmStore]) -> None:
+    store = opened("lvm-thin", images_thin_pool_data_limit=1)
+    volume_groups.run("lvcreate", "--yes", "-qq", "-V", "64M", "--thinpool", f"{store.group.name}/pool", "-n", "fat")
+    volume_groups.run("dd", "if=/dev/zero", f"of={store.group.device('fat')}", "bs=1M", "count=16", "oflag=direct")
+    before = store.files()
+
+    with pytest.raises(exceptions.InsufficientSpace, match=r"of its data space are used.*extend it \(lvextend\)"):
+        store.make()
+    assert store.files() - before <= {"_base"} | {name for name in store.files() if name.startswith("_base/")}
+
+    store.conf.set_override("images_thin_pool_data_limit", 95, group="libvirt")
+    store.conf.set_override("images_thin_pool_metadata_limit", 1, group="libvirt")
+    with pytest.raises(exceptions.InsufficientSpace, match=r"of its metadata space are used.*poolmetadatasize"):
+        store.make()
+    assert not store.image().exists()
+
+
+def test_a_group_that_is_too_small_is_left_as_it_was(opened: Callable[..., LvmStore]) -> None:
+    store = opened("lvm-thick")
+    before = {volume.name for volume in store.group.report()}
+
+    with pytest.raises(exceptions.InsufficientSpace, match="extend it"):
+        store.make(size=64 << 30)
+
+    assert {volume.name for volume in store.group.report()} == before
+
+
+def test_a_pool_is_made_if_that_is_wanted_and_is_missed_if_not(opened: Callable[..., LvmStore]) -> None:
+    store = opened("lvm-thin", images_thin_pool="another")
+
+    with pytest.raises(exceptions.InvalidConfiguration, match="there is no pool another"):
+        store.make()
+    store.conf.set_override("images_thin_pool_size", 1, group="libvirt")
+    store.make()
+
+    (pool,) = store.group.report("another")
+    assert (pool.kind, pool.size) == ("thin-pool", 1 << 30)
+    store.empty()
+
+
+@contextlib.contextmanager
+def failing_group(tmp_path: Path) -> Iterator[tuple[VolumeGroup, Callable[[bool], None]]]:
+    """Give a volume group on a device, and what has the device's second half fail, or work again."""
+    size, name = 256 * MIB, "failing"
+    sectors, half = size // 512, size // 1024
+    # LVM is not to take the loop device for the one that it lies on.
+    offset = MIB // 512
+
+    def load(fails: bool) -> None:
+        rest = f"{half} {sectors - half} " + ("error" if fails else f"linear {device} {offset + half}")
+        table = f"0 {half} linear {device} {offset}\n{rest}\n"
+        subprocess.run(["dmsetup", "reload", name], input=table, text=True, check=True, capture_output=True)
+        volume_groups.run("dmsetup", "resume", name)
+
+    with loop_device(tmp_path / "failing", size + MIB) as device:
+        volume_groups.run("dmsetup", "create", name, "--table", f"0 {sectors} linear {device} {offset}")
+        try:
+            with group_on("fails", f"/dev/mapper/{name}") as group_name:
+                yield VolumeGroup(group_name, timeout=60), load
+        finally:
+            volume_groups.run("dmsetup", "remove", "--retry", name)
+
+
+def test_devices_that_fail_while_a_disk_is_filled_or_cleared(opened: Callable[..., LvmStore], tmp_path: Path) -> None:
+    with failing_group(tmp_path) as (group, fail):
+        store = opened("lvm-thick", images_volume_group=group.name)
+        group.create("first-half", 124 * MIB, (), Layout())
+        before = {volume.name for volume in group.report()}
+
+        fail(True)
+        with pytest.raises(exceptions.StorageError, match="Input/output error"):
+            store.make(size=16 * MIB)
+        assert {volume.name for volume in group.report()} == before
+
+        fail(False)
+        image = store.make(size=16 * MIB)
+        fail(True)
+        with pytest.raises(exceptions.StorageError, match="Input/output error"):
+            image.remove()
+        # It is no disk any more, but nobody else gets what is on it.
+        assert not image.exists()
+        (left,) = {volume.name for volume in group.report()} - before
+        assert "+removed+" in left
+
+        fail(False)
+        assert Lvm.sweep(store.conf) == [left]
+        assert {volume.name for volume in group.report()} == before
+
+
+def test_groups_that_are_missing_or_lack_a_device(opened: Callable[..., LvmStore], tmp_path: Path) -> None:
+    store = opened("lvm-thick", images_volume_group="nosuchgroup")
+    for act in (store.make, store.image().remove, store.image().exists):
+        with pytest.raises(exceptions.InvalidConfiguration, match="there is no volume group nosuchgroup"):
+            act()
+
+    with (
+        loop_device(tmp_path / "one", 64 * MIB) as one,
+        loop_device(tmp_path / "two", 64 * MIB) as two,
+        group_on("halved", one, two) as group,
+    ):
+        store.conf.set_override("images_volume_group", group, group="libvirt")
+        image = store.make(size=100 * MIB)
+        volume_groups.run("lvchange", "--activate", "n", f"{group}/{Path(image.path).name}")
+        volume_groups.run("losetup", "--detach", two)
+
+        with pytest.raises(exceptions.StorageError, match=r"missing|[Rr]efusing|partial"):
+            image.libvirt_info("virtio", "vda", "disk", "none", {})
+        with pytest.raises(exceptions.StorageError, match="missing"):
+            image.remove()
+        assert image.exists()
+
+        volume_groups.run("losetup", two, tmp_path / "two")
+        image.libvirt_info("virtio", "vda", "disk", "none", {})
+        assert store.content(image)[:TEMPLATE_SIZE] == template_content()
+
+
+def test_processes_that_race_for_one_disk_make_it_once(opened: Callable[..., LvmStore]) -> None:
+    store = opened("lvm-thin")
+    store.backend.templates.fetch("template", store.fetch)
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                store.make()
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert store.content(store.image())[:TEMPLATE_SIZE] == template_content()
+    assert len([volume for volume in store.group.report() if volume.kind == "thin"]) == 2  # with the template
+
+
+def test_a_template_that_left_the_cache_harms_no_disk_and_serves_more(opened: Callable[..., LvmStore]) -> None:
+    store = opened("lvm-thin")
+    image = store.make()
+    store.backend.templates.remove("template")
+
+    other = store.make(disk_name="other", size=16 * MIB)
+    with pytest.raises(exceptions.DiskTooSmall):
+        store.make(disk_name="third", size=4 * MIB)
+
+    assert len(store.fetches) == 1
+    for each in (image, other):
+        assert store.content(each)[:TEMPLATE_SIZE] == template_content()
+
+
+def test_what_another_program_made_is_found_and_left_alone(opened: Callable[..., LvmStore]) -> None:
+    store = opened("lvm-thick")
+    image = store.image("disk_config")
+    name = f"{image.instance}_disk__config"
+    store.group.create(name, MIB, (), Layout())
+    Path(image.path).write_bytes(b"nova" * 256)
+
+    assert image.exists()
+    assert ("5a3c2b1e-0000-4000-8000-000000000001", "disk_config") in Lvm.stored(store.conf)
+    image.libvirt_info("virtio", "vda", "disk", "none", {})
+    for act in (image.remove, lambda: image.import_file(image.instance, str(store.raw_template), "disk_config")):
+        with pytest.raises(exceptions.StorageError, match="hand it over with 'lvchange --addtag"):
+            act()
+    assert Path(image.path).read_bytes()[:1024] == b"nova" * 256
+
+    with pytest.raises(exceptions.StorageError) as caught:
+        image.remove()
+    volume_groups.run(*str(caught.value).partition("'")[2].partition("'")[0].split())
+    image.remove()
+    assert not image.exists()
+
+
+@pytest.mark.parametrize(("how", "left"), [("zero", b"\0"), ("shred", None), ("discard", b"\0"), ("none", b"x")])
+def test_a_removed_volume_is_cleared_as_the_operator_wants(
+    opened: Callable[..., LvmStore], tmp_path: Path, how: str, left: bytes | None
+) -> None:
+    store = opened("lvm-thick", volume_clear=how)
+    with (
+        loop_device(tmp_path / "device", 64 * MIB) as device,
+        group_on(f"cleared{os.getpid()}", device) as group,
+    ):
+        store.conf.set_override("images_volume_group", group, group="libvirt")
+        image: Image = store.image()
+        image.create_from_func(lambda target: Path(target).write_bytes(b"x" * (4 * MIB)) and None, 4 * MIB)
+        image.remove()
+        volume_groups.run("lvcreate", "--yes", "-qq", "-Zn", "-Wn", "-L", "4M", "-n", "next", group)
+        found = Path(f"/dev/{group}/next").read_bytes()
+
+    assert found == left * (4 * MIB) if left is not None else b"x" * 512 not in found
