@@ -127,7 +127,8 @@ def run(
 def _machine(nested: bool) -> tuple[str, ...]:
     if boot.virt_type(guest_image.build()) == "kvm":
         return ("-machine", "pc,accel=kvm", "-cpu", "host")
-    return ("-machine", "pc,accel=tcg", "-cpu", "max" if nested else "qemu64")
+    # The plain one is quicker than one with everything; and what encrypts is several times quicker with AES.
+    return ("-machine", "pc,accel=tcg", "-cpu", "max" if nested else "qemu64,+aes,+ssse3,+sse4.1,+pclmulqdq")
 
 
 def _initramfs(kernel: Kernel) -> Path:

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from tools import linux_guest
 
-__all__ = ["main"]
+__all__ = ["has_device_mapper", "main"]
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / ".tox" / "lvm"
 
 #: What each guest runs, so that none takes much longer than the others.
 SHARES: dict[str, list[str]] = {
-    "thin": ["tests/contract", "--stores", "lvm-thin"],
-    "volumes": ["tests/lvm"],
+    "one": ["tests/lvm", "tests/contract", "--stores", "lvm-thin"],
+    "two": ["tests/contract", "--stores", "lvm-thick,lvm-encrypted"],
 }
 _TIMEOUT = 1500.0
 _NOTHING_SELECTED = 5
@@ -33,7 +33,7 @@ def main() -> int:
     REPORTS.mkdir(parents=True, exist_ok=True)
     for old in REPORTS.glob("*.xml"):
         old.unlink()
-    guests = not _has_device_mapper()
+    guests = not has_device_mapper()
     with ThreadPoolExecutor(len(SHARES)) as threads:
         started = [threads.submit(_run, share, guests=guests) for share in SHARES]
         statuses = [each.result() for each in started]
@@ -57,7 +57,8 @@ def _prefixed(share: str) -> Callable[[str], None]:
     return show
 
 
-def _has_device_mapper() -> bool:
+def has_device_mapper() -> bool:
+    """Return whether this kernel has device-mapper, and this process may use it."""
     try:
         command = ["dmsetup", "version"]
         asked = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
