@@ -57,9 +57,11 @@ def group_on(name: str, *devices: str, extent: int = EXTENT) -> Iterator[str]:
 
 def empty(group: VolumeGroup) -> None:
     """Remove everything from a volume group but the thin pool that all tests share, and the mappings on top of it."""
-    for mapping in Path("/dev/mapper").glob("*-dmcrypt"):
-        run("dmsetup", "remove", mapping.name)
-    left = [volume.pool if "+pool+" in volume.pool else volume.name for volume in group.report()]
+    volumes = group.report()
+    for volume in volumes:
+        if os.path.exists(f"/dev/mapper/{volume.name}-dmcrypt"):
+            run("dmsetup", "remove", f"{volume.name}-dmcrypt")
+    left = [volume.pool if "+pool+" in volume.pool else volume.name for volume in volumes]
     if left := sorted({*left} - {POOL}):
         group.remove(*left)
 
