@@ -368,9 +368,12 @@ class LvmDisk:
         mapping = self.mapping(volume)
         if mapping is not None:
             mapping.close()
-        # With the pool that it has for itself.
-        own_pool = volume.pool.startswith(f"{self.name}+pool+")
-        self.group.remove(volume.pool if own_pool else volume.name)
+        self.group.remove(volume.name)
+        if not volume.pool.startswith(f"{self.name}+pool+"):
+            return
+        # The pool that the disk has for itself goes with the last of its volumes.
+        if volume.pool not in {each.pool for each in self.group.report(tags=[self._tag])}:
+            self.group.remove(volume.pool)
 
     def _discard_new(self) -> None:
         # An undo step: the error that led here matters more; the next call for this disk tries again.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from imagebackend import process
-from tests.contract.conftest import MIB, LvmStore, open_store
+from tests.contract.conftest import MIB, TEMPLATE_SIZE, LvmStore, open_store, template_content
 from tests.lvm.volume_groups import group_on, loop_device
 
 # What the template of the contract suite holds, in whole blocks.
@@ -90,3 +90,22 @@ def test_filling_a_volume_moves_only_the_templates_data(request: pytest.FixtureR
         image.cache(lambda target: store.run("cp", "--sparse=always", store.raw_template, target), "sparse", 64 * MIB)
         assert written(device) - before <= DATA + METADATA
         assert store.content(image)[-MIB:] == bytes(MIB)
+
+
+def test_a_sparse_volume_has_a_pool_of_its_own_that_goes_with_it(request: pytest.FixtureRequest) -> None:
+    store = opened("lvm-sparse", request)
+    before = store.files()
+    image = store.make(size=1 << 30)
+
+    (pool,) = (volume for volume in store.group.report() if "+pool+" in volume.name)
+    assert pool.size <= 80 * MIB
+    assert DATA <= image.usage().used <= 2 * TEMPLATE_SIZE
+    assert image.usage().provisioned == 1 << 30
+    image.create_snap("one")
+    store.write(image, 0, MIB, 7)
+    image.rollback_to_snap("one")
+    with Path(image.path).open("rb") as file:
+        assert file.read(MIB) == template_content()[:MIB]
+
+    image.remove()
+    assert {name for name in store.files() - before if "+" in name or "disk" in name} == set()
