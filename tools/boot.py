@@ -70,6 +70,7 @@ def domain_xml(name: str, guest: GuestImage, disks: Sequence[str], console: Path
     :param console: the file that the first serial port is written to.
     :param virt_type: as :func:`virt_type` returns it.
     """
+    cpu = '\n  <cpu mode="host-passthrough"/>' if virt_type == "kvm" else ""
     # ACPI: a guest of machine type pc cannot power off without.
     return f"""\
 <domain type="{virt_type}">
@@ -82,7 +83,7 @@ def domain_xml(name: str, guest: GuestImage, disks: Sequence[str], console: Path
     <initrd>{guest.initrd}</initrd>
     <cmdline>{guest.command_line}</cmdline>
   </os>
-  <features><acpi/></features>
+  <features><acpi/></features>{cpu}
   <on_reboot>destroy</on_reboot>
   <on_crash>destroy</on_crash>
   <devices>

@@ -20,11 +20,20 @@ ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / ".tox" / "lvm"
 
 _FAULTS = "tests/lvm/test_lvm_faults.py"
+_BOOT = "tests/lvm/boot"
 
-#: What each guest runs, so that none takes much longer than the others.
+#: What each guest runs, so that none takes much longer than the others; "boot" runs guests itself.
 SHARES: dict[str, list[str]] = {
     "one": [_FAULTS, "tests/contract", "--stores", "lvm-thin"],
-    "two": ["tests/lvm", f"--ignore={_FAULTS}", "tests/contract", "--stores", "lvm-thick,lvm-encrypted"],
+    "two": [
+        "tests/lvm",
+        f"--ignore={_FAULTS}",
+        f"--ignore={_BOOT}",
+        "tests/contract",
+        "--stores",
+        "lvm-thick,lvm-encrypted",
+    ],
+    "boot": [_BOOT],
 }
 _TIMEOUT = 1500.0
 _NOTHING_SELECTED = 5
@@ -49,7 +58,12 @@ def _run(share: str, *, guests: bool) -> int:
     command = [*pytest, *SHARES[share], *sys.argv[1:]]
     if not guests:
         return subprocess.run(command, check=False, cwd=ROOT, stdin=subprocess.DEVNULL).returncode
-    return linux_guest.run(command, shared=[REPORTS], on_line=_prefixed(share), timeout=_TIMEOUT)
+    runs_guests = share == "boot"
+    memory = 2048 if runs_guests else 1024
+    show = _prefixed(share)
+    return linux_guest.run(
+        command, shared=[REPORTS], memory=memory, nested=runs_guests, on_line=show, timeout=_TIMEOUT
+    )
 
 
 def _prefixed(share: str) -> Callable[[str], None]:
