@@ -240,13 +240,14 @@ class Cluster:
     def _start(self, name: str) -> None:
         kind, identifier = name.split(".")
         # Logs go to the output, which is a file of ours.
-        program = (f"ceph-{kind}", "--conf", self.configuration, "--id", identifier, "-d")
+        program = (f"ceph-{kind}", "--conf", self.configuration.absolute(), "--id", identifier, "-d")
         with open(self.folder / f"{name}.log", "ab") as log:
             self._daemons[name] = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *program],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                cwd="/",  # as systemd does: Debian's Ceph 18 looks for its classes from there
                 start_new_session=True,
             )
 

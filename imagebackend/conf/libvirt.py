@@ -163,6 +163,16 @@ ceph.conf says in rbd_default_order.
         ],
         help="The format of clones: whether templates must be protected to have them.",
     ),
+    cfg.StrOpt(
+        "images_rbd_encrypted_clones",
+        default="auto",
+        choices=[
+            ("auto", "Where librbd can encrypt a clone (Ceph 18 and later); copies of their templates elsewhere"),
+            ("always", "Where librbd cannot, it is an error"),
+            ("never", "They are copies, which is what guests need whose QEMU has an earlier librbd"),
+        ],
+        help="Whether encrypted disks are clones of their templates.",
+    ),
     cfg.IntOpt(
         "images_rbd_max_clone_depth",
         default=5,

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import datetime
 import errno
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -97,7 +98,7 @@ class Rbd(Image):
             self._disk.settle()
             if self._disk.exists():
                 return
-            if self.encryption is not None:
+            if self.encryption is not None and not rbd_encryption.can_clone(self.conf):
                 self._copy_cached(prepare_template, name, size, *args, **kwargs)
                 return
             template = self._find_stored(name)
@@ -186,6 +187,7 @@ class Rbd(Image):
             parent = rbd_image.parent_of(self.pool, self._disk.name)
             if parent is not None:
                 with self.pool.open(self._disk.name) as image:
+                    self._load_encryption(image)
                     rbd_data.flatten(image, progress)
                 faults.point("disk.flatten.changed")
                 rbd_image.bury_zombie(self.pool, *parent)
@@ -374,9 +376,9 @@ class Rbd(Image):
             self.templates.lease(template.file, self._disk.owner)
             undo.callback(self._release_quietly, template.file)
             faults.point("disk.create.leased")
-            wanted = size or template.virtual_size
             stored = RbdTemplate(template.name, template.virtual_size, template.sha256)
-            self._clone_template(stored, wanted, lambda: self._store.ensure(template, wanted, kwargs.get("progress")))
+            prepare = functools.partial(self._store.ensure, template, progress=kwargs.get("progress"))
+            self._clone_template(stored, size or template.virtual_size, prepare)
             undo.pop_all()
 
     def _copy_cached(
@@ -403,21 +405,31 @@ class Rbd(Image):
         wanted = size or template.virtual_size
         if wanted < template.virtual_size:
             raise exceptions.DiskTooSmall(template.name, wanted, template.virtual_size, "the template's virtual size")
-        self._clone_template(template, wanted, lambda: self._store.add_size(template, wanted))
+        self._clone_template(template, wanted, functools.partial(self._store.add_size, template))
 
-    def _clone_template(self, template: RbdTemplate, size: int, prepare: Callable[[], object]) -> None:
-        """Clone the disk; only if that fails, ``prepare`` the template in the pool, and try again."""
-        snapshot = template.snapshot(size)
+    def _clone_template(self, template: RbdTemplate, size: int, prepare: Callable[[int], object]) -> None:
+        """Clone the disk; only if that fails, ``prepare`` the template in the pool, and try again.
+
+        :param prepare: called with the size that the template's snapshot has to have.
+        """
+        wanted = size if self.encryption is None else size + rbd_encryption.ROOM
+        parent = (self.pool, template.image, template.snapshot(wanted))
         try:
-            self._disk.clone(self.pool, template.image, snapshot, self._layout)
+            self._clone(*parent, size)
             return
         except exceptions.DiskNotFound:
             pass
         except exceptions.StorageError as error:
             if error.errno != errno.EINVAL:  # format 1, and its maker was killed before it protected the snapshot
                 raise
-        prepare()
-        self._disk.clone(self.pool, template.image, snapshot, self._layout)
+        prepare(wanted)
+        self._clone(*parent, size)
+
+    def _clone(self, parent: ceph.Pool, image: str, snapshot: str, size: int) -> None:
+        if self.encryption is None:
+            self._disk.clone(parent, image, snapshot, self._layout)
+        else:
+            self._disk.clone_encrypted(parent, image, snapshot, size, self._layout, self.encryption)
 
     def _fill(self, disk: rbd_disk.RbdDisk, source: int, size: int = 0, progress: Progress | None = None) -> None:
         if self.encryption is None and disk.exists() and disk.header_size():
@@ -428,11 +440,15 @@ class Rbd(Image):
 
     def _read(self, descriptor: int, progress: Progress | None) -> None:
         with self.pool.open(self._disk.name, read_only=True) as image:
-            if self._disk.header_size():
-                if self.encryption is None:
-                    raise exceptions.InvalidArgument(f"disk {self.path} is encrypted: set its 'encryption' to read it")
-                self.encryption.load(image)
+            self._load_encryption(image)
             rbd_data.read_into(image, descriptor, progress=progress)
+
+    def _load_encryption(self, image: Any) -> None:
+        """Have the open disk decrypt what is read, if it is encrypted."""
+        if self._disk.header_size():
+            if self.encryption is None:
+                raise exceptions.InvalidArgument(f"disk {self.path} is encrypted: set its 'encryption' to read it")
+            self.encryption.load(image)
 
     @staticmethod
     @contextlib.contextmanager

@@ -150,6 +150,22 @@ class RbdDisk:
                 raise
             faults.point("disk.create.cloned")
 
+    def clone_encrypted(
+        self, parent: ceph.Pool, image: str, snapshot: str, size: int, layout: ceph.Layout, encryption: Encryption
+    ) -> None:
+        """Make the disk, encrypted, from a snapshot that is not, and that is larger than the disk by the header.
+
+        :param size: bytes.
+        :raises DiskNotFound: there is no such snapshot; nothing was made.
+        """
+        with self._intended("fill"):
+            self.pool.clone(parent, image, snapshot, self._partial, layout)
+            facts = rbd_encryption.encrypt(self.pool, self._partial, size, encryption)
+            with self.pool.open(self._partial) as opened:
+                record = {"version": 1, "format": "raw", "encryption": facts}
+                opened.metadata_set(rbd_image.RECORD, json.dumps(record))
+            self._publish()
+
     @contextlib.contextmanager
     def fill(
         self, size: int, layout: ceph.Layout, record: dict[str, Any], encryption: Encryption | None = None
@@ -170,10 +186,7 @@ class RbdDisk:
                 faults.point("disk.create.opened")
                 yield image
                 image.metadata_set(rbd_image.RECORD, json.dumps({"version": 1, **record}))
-            faults.point("disk.create.filled")
-            self._intend(operation="replace", image_id=self.pool.image_id(self._partial))
-            faults.point("disk.create.publishing")
-            self._carry_out()
+            self._publish()
 
     def create_snapshot(self, name: str, *, protect: bool = False) -> None:
         """Make a snapshot, which may then be cloned if it is protected.
@@ -271,6 +284,13 @@ class RbdDisk:
             case other:
                 raise exceptions.CorruptRecord(self.spec, f"intent {other!r} is not known to this release")
         self._end()
+
+    def _publish(self) -> None:
+        """Give what was filled the disk's name."""
+        faults.point("disk.create.filled")
+        self._intend(operation="replace", image_id=self.pool.image_id(self._partial))
+        faults.point("disk.create.publishing")
+        self._carry_out()
 
     def _replace(self, image_id: str) -> None:
         """Give an image the disk's name, and remove the one that had it before.

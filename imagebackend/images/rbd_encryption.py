@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encrypted disks: LUKS, as librbd writes and reads it (https://docs.ceph.com/en/latest/rbd/rbd-encryption/).
 
-Ceph before release 17 cannot encrypt a clone, so that an encrypted disk is a copy of its template. There, librbd also
-takes the size that an image is to have for that with the header if its encryption is loaded: images are only resized
-when it is not.
+From release 18 on, librbd can encrypt a clone of an image that is not; elsewhere, an encrypted disk is a copy of its
+template. Before release 17, librbd takes the size that an image is to have for that with the header if its encryption
+is loaded: images are only resized when it is not.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from oslo_config import cfg
+
 from imagebackend import exceptions
-from imagebackend.storage import ceph
+from imagebackend.storage import ceph, ceph_connection
 
 if TYPE_CHECKING:
     from imagebackend.guest import LibvirtConfigGuestDisk
 
-__all__ = ["Encryption", "create", "describe"]
+__all__ = ["ROOM", "Encryption", "can_clone", "create", "describe", "encrypt"]
 
 #: libvirt's names for the formats of librbd.
 _LIBVIRT = {"luks1": "luks", "luks2": "luks2"}
-# The larger of the two headers.
-_ROOM = 16 << 20
+#: The size of the larger of the two headers, in bytes.
+ROOM = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,43 @@ class Encryption:
         image.encryption_load(_format_number(self.format), self.passphrase)
 
 
+def can_clone(conf: cfg.ConfigOpts) -> bool:
+    """Return whether encrypted disks are clones of their templates.
+
+    :raises Unsupported: they have to be, but librbd cannot encrypt clones.
+    """
+    rbd = ceph_connection.import_rbd()
+    wanted = conf.libvirt.images_rbd_encrypted_clones
+    # It came with the encryption of clones.
+    is_supported = hasattr(rbd.Image, "encryption_load2")
+    if wanted == "always" and not is_supported:
+        version = ".".join(str(part) for part in rbd.RBD().version())
+        reason = f"librbd {version} cannot; install that of Ceph 18, or set images_rbd_encrypted_clones to auto"
+        raise exceptions.Unsupported("encrypting a clone", reason)
+    return is_supported and wanted != "never"
+
+
 def create(pool: ceph.Pool, name: str, size: int, layout: ceph.Layout, encryption: Encryption) -> dict[str, Any]:
     """Make an empty encrypted image.
 
     :param size: what its user sees, in bytes.
     :returns: what has to be recorded: format, secret and the size of the header.
     """
-    pool.create(name, size + _ROOM, layout)
+    pool.create(name, size + ROOM, layout)
+    return encrypt(pool, name, size, encryption)
+
+
+def encrypt(pool: ceph.Pool, name: str, size: int, encryption: Encryption) -> dict[str, Any]:
+    """Encrypt an image that holds nothing itself; what its parent holds then comes behind the header.
+
+    :param size: what its user is to see, in bytes; it has :data:`ROOM` more.
+    :returns: what has to be recorded: format, secret and the size of the header.
+    """
     with pool.open(name) as image:
         image.encryption_format(_format_number(encryption.format), encryption.passphrase)
-        header = size + _ROOM - image.size()
+        if image.size() == size + ROOM:  # a clone's encryption is not loaded by that
+            encryption.load(image)
+        header = size + ROOM - image.size()
     with pool.open(name) as image:
         image.resize(size + header)
     return {"format": encryption.format, "secret_uuid": encryption.secret_uuid, "header": header}

@@ -368,7 +368,7 @@ def test_an_encrypted_disk_holds_the_template_and_keeps_it_secret(
     assert disk.get_disk_size(disk.path) == 32 * MIB
     with context(ceph, rbd_pool) as opened, rbd.Image(opened, "guest_disk", read_only=True) as image:
         stored = image.read(0, image.size())
-    assert stored.startswith(b"LUKS\xba\xbe")
+    assert stored.startswith((b"LUKS\xba\xbe", b"RBDL\xba\xbe"))  # the second: an encrypted clone
     assert template.content[:4096] not in stored
     xml = disk.libvirt_info("virtio", "vda", "disk", None, {}).to_xml()
     assert f'<encryption format="{luks.replace("luks1", "luks")}" engine="librbd">' in xml
@@ -396,6 +396,32 @@ def test_an_encrypted_disk_holds_the_template_and_keeps_it_secret(
     assert not (tmp_path / "secret").exists()
     disk.remove()
     assert images(ceph, rbd_pool) == set()
+
+
+def test_encrypted_disks_are_clones_only_where_librbd_can_encrypt_those(
+    ceph: Cluster, rbd_pool: str, template: Contents, tmp_path: Path
+) -> None:
+    def make(name: str, clones: str) -> Rbd:
+        options = {"images_rbd_encrypted_clones": clones}
+        disk = rbd_backend(ceph, rbd_pool, tmp_path / "instances", **options).image(name, "disk")
+        assert isinstance(disk, Rbd)
+        disk.encryption = Encryption("correct horse", "8d3c7f52-6a0e-4f0b-9c1d-2b7e5a4f9e10")
+        disk.cache(template.fetch, "debian", 32 * MIB)
+        assert read(disk, tmp_path / name)[: 24 * MIB] == template.content
+        return disk
+
+    copy = make("copy", "never")
+    assert images(ceph, rbd_pool) == {"copy_disk"}
+    if hasattr(rbd.Image, "encryption_load2"):
+        clone = make("clone", "always")
+        assert images(ceph, rbd_pool) == {"template:debian", "copy_disk", "clone_disk"}
+        assert clone.usage().used < 24 * MIB < copy.usage().used
+        clone.flatten()
+        assert read(clone, tmp_path / "flat")[: 24 * MIB] == template.content
+    else:
+        with pytest.raises(exceptions.Unsupported, match="install that of Ceph 18"):
+            make("clone", "always")
+        assert images(ceph, rbd_pool) == {"copy_disk"}
 
 
 def test_an_unknown_encryption_is_refused() -> None:

@@ -92,6 +92,7 @@ OWN = {
     ("libvirt", "images_rbd_data_pool"),
     ("libvirt", "images_rbd_features"),
     ("libvirt", "images_rbd_max_clone_depth"),
+    ("libvirt", "images_rbd_encrypted_clones"),
     ("libvirt", "images_rbd_namespace"),
     ("libvirt", "images_rbd_object_size"),
     ("libvirt", "images_rbd_trash_delay"),
