@@ -54,12 +54,11 @@ def can_clone(conf: cfg.ConfigOpts) -> bool:
 
     :raises Unsupported: they have to be, but librbd cannot encrypt clones.
     """
-    rbd = ceph_connection.import_rbd()
     wanted = conf.libvirt.images_rbd_encrypted_clones
     # It came with the encryption of clones.
-    is_supported = hasattr(rbd.Image, "encryption_load2")
+    is_supported = hasattr(ceph_connection.import_rbd().Image, "encryption_load2")
     if wanted == "always" and not is_supported:
-        version = ".".join(str(part) for part in rbd.RBD().version())
+        version = ceph_connection.librbd_version()
         reason = f"librbd {version} cannot; install that of Ceph 18, or set images_rbd_encrypted_clones to auto"
         raise exceptions.Unsupported("encrypting a clone", reason)
     return is_supported and wanted != "never"

@@ -113,6 +113,12 @@ class Pool:
                 cluster.asked = now
             return cluster.monitors
 
+    def cluster_space(self) -> tuple[int, int]:
+        """Return how many bytes of the cluster's storage are free, and how many there are; copies count."""
+        with self.errors(self.name):
+            found = ceph_connection.cluster(self.settings).rados.get_cluster_stats()
+            return found["kb_avail"] << 10, found["kb"] << 10
+
     def image_id(self, image: str) -> str | None:
         """Return the id of an image, None if there is none of that name: one request."""
         answer = self._ask(image, f"rbd_id.{image}", "get_id", b"")

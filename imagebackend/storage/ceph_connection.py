@@ -20,7 +20,17 @@ from typing import Any
 
 from imagebackend import exceptions
 
-__all__ = ["Cluster", "Settings", "abandon", "cluster", "finish", "import_rados", "import_rbd", "translated"]
+__all__ = [
+    "Cluster",
+    "Settings",
+    "abandon",
+    "cluster",
+    "finish",
+    "import_rados",
+    "import_rbd",
+    "librbd_version",
+    "translated",
+]
 
 LOG = logging.getLogger(__name__)
 
@@ -180,6 +190,14 @@ def import_rbd() -> Any:
     except ImportError as error:
         raise _missing("rbd") from error
     return rbd
+
+
+def librbd_version() -> str:
+    """Return the version of librbd, as in ``1.16.0``, which comes with Ceph 16.
+
+    :raises Unsupported: as :func:`import_rbd` does.
+    """
+    return ".".join(str(part) for part in import_rbd().RBD().version())
 
 
 def _missing(module: str) -> exceptions.Unsupported:

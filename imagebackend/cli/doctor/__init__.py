@@ -28,9 +28,9 @@ __all__ = ["doctor"]
 def doctor(session: Session, connect: str | None) -> None:
     """Tell whether this host is fit for its disks.
 
-    And if not, what to do about it. Looks at the configuration, the tools, the folders and their file system, and
-    libvirt. What it tries leaves nothing behind. Exit status 0: nothing is wrong, though there may be warnings.
-    1: something is wrong.
+    And if not, what to do about it. Looks at the configuration, the tools, the folders and their file system, libvirt,
+    and the Ceph pool if disks are in one. What it tries leaves nothing behind. Exit status 0: nothing is wrong, though
+    there may be warnings. 1: something is wrong.
     """
     from imagebackend.cli.doctor.finding import Severity, worst
 
@@ -59,7 +59,19 @@ def _examine(session: Session, uri: str | None) -> list[Finding]:
         findings += logical_volumes.judge_group(logical_volumes.look_at_group(conf), conf)
     virt_type = conf.libvirt.virt_type
     host = libvirt_host.look_at_host(uri or hypervisor.default_uri(virt_type), virt_type)
-    return findings + libvirt_host.judge_host(host, virt_type, demanded=uri is not None)
+    findings += libvirt_host.judge_host(host, virt_type, demanded=uri is not None)
+    if conf.libvirt.images_type == "rbd":
+        findings += _examine_ceph(conf, host.uri if host.version else None)
+    return findings
+
+
+def _examine_ceph(conf: cfg.ConfigOpts, uri: str | None) -> list[Finding]:
+    """Look at what disks in Ceph need; ``uri`` is that of a libvirt that can be reached."""
+    from imagebackend.cli.doctor import ceph_pool
+
+    findings = ceph_pool.judge_pool(ceph_pool.look_at_pool(conf))
+    findings.append(ceph_pool.judge_driver(is_there=ceph_pool.look_at_driver()))
+    return findings + (ceph_pool.judge_secret(ceph_pool.look_at_secret(conf, uri)) if uri else [])
 
 
 def _examine_folders(conf: cfg.ConfigOpts) -> list[Finding]:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 import imagebackend
+from imagebackend import exceptions
 from imagebackend.cli import hypervisor
-from imagebackend.cli.doctor import configuration, folders, libvirt_host, tools
+from imagebackend.cli.doctor import ceph_pool, configuration, folders, libvirt_host, tools
+from imagebackend.cli.doctor.ceph_pool import PoolFacts
 from imagebackend.cli.doctor.finding import Finding, Severity, error, fine, warning, worst
 from imagebackend.cli.doctor.folders import FileSystem, Folder
 from imagebackend.cli.doctor.libvirt_host import Host
@@ -248,3 +250,31 @@ def test_an_entry_point_that_cannot_be_loaded_is_an_error(tmp_path: Path, monkey
     _, findings = configuration.examine([], [])
 
     assert by_check(findings)["entry point imagebackend.backends broken"] == "error"
+
+
+@pytest.mark.parametrize(
+    ("found", "check", "status"),
+    [
+        (PoolFacts(name="rbd", monitors=3, free=50 * GIB, size=100 * GIB), "Ceph pool", "ok"),
+        (PoolFacts(name="rbd", monitors=1, free=50 * GIB, size=100 * GIB), "Ceph monitors", "warning"),
+        (PoolFacts(name="rbd", monitors=3, free=9 * GIB, size=100 * GIB), "Ceph space", "warning"),
+        (PoolFacts(exceptions.InvalidConfiguration("[libvirt] rbd_user", "no key")), "[libvirt] rbd_user", "error"),
+        (PoolFacts(exceptions.StorageTimeout("connecting to the monitors", 5)), "Ceph pool", "error"),
+        (PoolFacts(exceptions.PermissionDenied("rbd/image", 1, "the cluster denies it")), "Ceph pool", "error"),
+        (PoolFacts(exceptions.Unsupported("a disk in Ceph", "install python3-rbd")), "Ceph pool", "error"),
+        (PoolFacts(exceptions.StorageError("rbd/image", "broken")), "Ceph pool", "error"),
+    ],
+)
+def test_what_a_pool_can_do(found: PoolFacts, check: str, status: str) -> None:
+    findings = ceph_pool.judge_pool(found)
+
+    assert by_check(findings)[check] == status
+    assert all(each.advice for each in findings if each.status != "ok")
+    assert worst(findings) == status
+
+
+def test_what_guests_need_for_a_disk_in_ceph() -> None:
+    assert ceph_pool.judge_driver(is_there=True).status == "ok"
+    assert "qemu-block-extra" in ceph_pool.judge_driver(is_there=False).advice
+    assert ceph_pool.judge_secret(None) == []
+    assert by_check(ceph_pool.judge_secret("there is none")) == {"[libvirt] rbd_secret_uuid": "error"}

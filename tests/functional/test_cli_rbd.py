@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``imagebackend`` on disks and templates in a Ceph pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.functional.cli_command import Command
+from tools import private_libvirtd
+from tools.private_ceph import Cluster
+
+SECRET = "6b2f7f3e-0c5b-4b59-8a4e-8b1d2a7f9c31"
+
+
+@pytest.fixture
+def command(tmp_path: Path, ceph: Cluster, rbd_pool: str) -> Command:
+    command = Command(tmp_path)
+    configure(command, ceph, rbd_pool)
+    return command
+
+
+def configure(command: Command, cluster: Cluster, pool: str, *lines: str) -> None:
+    rbd = [
+        "[libvirt]",
+        "images_type = rbd",
+        f"images_rbd_pool = {pool}",
+        f"images_rbd_ceph_conf = {cluster.configuration}",
+    ]
+    command.configure(*rbd, *lines)
+
+
+def findings(command: Command, *words: str) -> dict[str, dict[str, Any]]:
+    return {each["check"]: each for each in command.json("doctor", *words)["findings"]}
+
+
+def test_the_doctor_tries_the_pool_and_leaves_nothing(command: Command) -> None:
+    found = findings(command)
+
+    assert found["Ceph pool"]["status"] == found["QEMU's rbd driver"]["status"] == "ok"
+    assert "an image was made and removed" in found["Ceph pool"]["message"]
+    assert found["Ceph monitors"]["status"] == "warning"
+    assert command.json("disk", "list") == {"disks": []}
+
+
+def test_the_doctor_tells_what_is_wrong_with_ceph(
+    command: Command, ceph: Cluster, ceph_cephx: Cluster, rbd_pool: str, libvirtd: Path
+) -> None:
+    configure(command, ceph, "no-such-pool")
+    found = findings(command)
+    assert found["[libvirt] images_rbd_pool"]["status"] == "error"
+    assert "rbd pool init" in found["[libvirt] images_rbd_pool"]["message"]
+
+    configure(command, ceph_cephx, rbd_pool, "rbd_user = nobody", f"rbd_secret_uuid = {SECRET}", "virt_type = qemu")
+    found = findings(command, "--connect", private_libvirtd.uri(libvirtd, "qemu"))
+    assert found["[libvirt] rbd_user"]["status"] == "error"
+    assert found["[libvirt] rbd_secret_uuid"]["status"] == "error"
+    assert SECRET in found["[libvirt] rbd_secret_uuid"]["message"]
