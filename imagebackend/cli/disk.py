@@ -82,7 +82,7 @@ def show(session: Session, instance: str, disk: str) -> None:
         ("template", shown["template"] or "none: it stands alone"),
         *(("backing file", path) for path in shown["backing_files"]),
         ("chain depth", str(shown["chain_depth"])),
-        ("in use", "yes" if shown["in_use"] else "no"),
+        ("in use", {None: "unknown", True: "yes", False: "no"}[shown["in_use"]]),
         *(("snapshot", f"{each['name']} ({each['created']})") for each in shown["snapshots"]),
     ]
     session.show(shown, output.facts(pairs))

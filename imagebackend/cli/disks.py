@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import TYPE_CHECKING, Any
 
 from imagebackend import exceptions, names
@@ -38,13 +37,7 @@ def describe(image: Image) -> dict[str, Any]:
 
     :raises ImageBackendError: it is gone, or damaged.
     """
-    from imagebackend.images.file_image import FileImage
-
-    file = image if isinstance(image, FileImage) else None
-    chain = file.backing_chain() if file else []
-    backing_files = [each.path for each in chain[1:]]
-    # What is below an image of ploop is a snapshot of the same disk.
-    template = os.path.basename(backing_files[0]) if backing_files and chain[0].format == "qcow2" else None
+    backing_files = image.parents()
     return {
         "instance": image.instance,
         "disk": image.disk_name,
@@ -52,10 +45,10 @@ def describe(image: Image) -> dict[str, Any]:
         "path": image.path,
         "format": image.resolve_driver_format(),
         "size": image.get_disk_size(image.path),
-        "allocated": file.allocated_size() if file else None,
-        "template": template,
+        "allocated": image.allocated_size(),
+        "template": image.template_name(),
         "backing_files": backing_files,
         "chain_depth": len(backing_files),
-        "in_use": file.is_in_use() if file else None,
+        "in_use": image.is_in_use(),
         "snapshots": [dataclasses.asdict(each) for each in image.list_snaps()],
     }

@@ -287,6 +287,31 @@ class Image(abc.ABC):
         if required > size:
             raise exceptions.DiskTooSmall(base, size, required, "the template's virtual size")
 
+    def allocated_size(self) -> int | None:
+        """Return how many bytes of storage the disk takes; None: the storage does not tell.
+
+        :raises DiskNotFound: it is not there.
+        """
+        return None
+
+    def is_in_use(self) -> bool | None:
+        """Return whether a guest or a tool has the disk open for writing; None: the storage does not tell."""
+        return None
+
+    def parents(self) -> list[str]:
+        """Return what the disk has its data from besides itself, nearest first: paths, or names in the store.
+
+        :raises DiskNotFound: it is not there.
+        """
+        return []
+
+    def template_name(self) -> str | None:
+        """Return the name of the template that the disk depends on, if it does.
+
+        :raises DiskNotFound: it is not there.
+        """
+        return None
+
     def clone(self, context: Any, image_id_or_uri: str) -> None:
         """Make the disk from an image inside the store, if one of the image's locations allows.
 

@@ -178,7 +178,6 @@ class FileImage(Image):
         return [qcow2.BackingFile(path, stored.disk_format, stored.virtual_size()) for path in paths]
 
     def is_in_use(self) -> bool:
-        """Return whether a guest or a tool has the disk open for writing."""
         return self._file.is_in_use()
 
     def allocated_size(self) -> int:
@@ -187,6 +186,14 @@ class FileImage(Image):
         :raises DiskNotFound: it is not there.
         """
         return self._file.allocated_size()
+
+    def parents(self) -> list[str]:
+        return [each.path for each in self.backing_chain()[1:]]
+
+    def template_name(self) -> str | None:
+        chain = self.backing_chain()
+        # What is below an image of ploop is a snapshot of the same disk.
+        return os.path.basename(chain[1].path) if len(chain) > 1 and chain[0].format == "qcow2" else None
 
     def snapshot_extract(
         self, target: str, out_format: str | None = None, *, progress: Progress | None = None

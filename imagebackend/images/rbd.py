@@ -24,6 +24,7 @@ from imagebackend.images import (
     rbd_image,
     rbd_location,
     rbd_options,
+    rbd_template,
     transfer,
 )
 from imagebackend.images.base import Capabilities, Image, Progress, Snapshot, Usage
@@ -114,7 +115,9 @@ class Rbd(Image):
             self._disk.settle()
             if self._disk.exists():
                 return
-            with self._scratch(self._disk.scratch, size) as (descriptor, path):
+            path = self._disk.scratch
+            with publish.new_scratch(path) as descriptor:
+                transfer.set_length(descriptor, size, path)
                 func(path)
                 transfer.check_filled(path, size)
                 self._fill(self._disk, descriptor)
@@ -190,7 +193,7 @@ class Rbd(Image):
                     self._load_encryption(image)
                     rbd_data.flatten(image, progress)
                 faults.point("disk.flatten.changed")
-                rbd_image.bury_zombie(self.pool, *parent)
+                rbd_image.bury_zombie(*parent)
             self.templates.release_all(self._disk.owner)
         LOG.info("disk %s holds all its data itself", self.path)
 
@@ -205,7 +208,8 @@ class Rbd(Image):
                 if out_format == "raw":
                     self._read(descriptor, progress)
                     return
-                with self._scratch(self._disk.scratch) as (scratch, path):
+                path = self._disk.scratch
+                with publish.new_scratch(path) as scratch:
                     self._read(scratch, progress)
                     compress = out_format == "qcow2" and self.conf.libvirt.snapshot_compression
                     limits = disk_file.tool_options(self.conf)
@@ -224,7 +228,8 @@ class Rbd(Image):
             if verdict.format == "raw":
                 self._fill(disk, source)
             else:
-                with self._scratch(disk.scratch) as (scratch, path):
+                path = disk.scratch
+                with publish.new_scratch(path) as scratch:
                     limits = disk_file.tool_options(self.conf)
                     qemu_img.convert(local_file, verdict.format, path, "raw", **limits)
                     qemu_img.compare(local_file, verdict.format, path, "raw", **limits)
@@ -320,6 +325,19 @@ class Rbd(Image):
         """
         with self.pool.open(self._disk.name, read_only=True) as image:
             return Usage(image.size() - self._disk.header_size(), rbd_data.allocated(image))
+
+    def allocated_size(self) -> int:
+        return self.usage().used
+
+    def is_in_use(self) -> bool:
+        return bool(self.pool.watchers(self._disk.name))
+
+    def parents(self) -> list[str]:
+        return [pool.spec(image) for pool, image in rbd_image.ancestors(self.pool, self._disk.name)]
+
+    def template_name(self) -> str | None:
+        parent = rbd_image.parent_of(self.pool, self._disk.name)
+        return None if parent is None else rbd_template.name_of(parent[1])
 
     @staticmethod
     def is_shared_block_storage() -> bool:
@@ -449,21 +467,6 @@ class Rbd(Image):
             if self.encryption is None:
                 raise exceptions.InvalidArgument(f"disk {self.path} is encrypted: set its 'encryption' to read it")
             self.encryption.load(image)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _scratch(path: str, size: int = 0) -> Iterator[tuple[int, str]]:
-        """Give an empty file of ``size`` bytes, for content on its way into or out of the pool."""
-        try:
-            descriptor = publish.create(path)
-            try:
-                os.ftruncate(descriptor, size)
-                yield descriptor, path
-            finally:
-                os.close(descriptor)
-                publish.remove_quietly(path)
-        except OSError as error:
-            raise exceptions.storage_error(error, path) from error
 
     def _release_quietly(self, template: str) -> None:
         # The error that led here matters more; the next attempt, or removing the disk, drops the lease.

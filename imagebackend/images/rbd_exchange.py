@@ -73,7 +73,7 @@ def copy(disk: rbd_disk.RbdDisk, snapshot: str, image_id: str, layout: ceph.Layo
     :raises DiskExists: there is an image of that name.
     """
     parent = rbd_image.parent_of(disk.pool, disk.name)
-    target = disk.pool if parent is None else ceph.Pool(disk.pool.settings, *parent[:2])
+    target = disk.pool if parent is None else parent[0]
     partial = f"partial:{image_id}"
     if target.image_id(image_id) is not None:
         raise exceptions.DiskExists(target.spec(image_id))
@@ -125,18 +125,10 @@ def _clone(disk: rbd_disk.RbdDisk, location: rbd_url.Location, layout: ceph.Layo
     parent = ceph.Pool(disk.pool.settings, location.pool)
     limit = disk.conf.libvirt.images_rbd_max_clone_depth
     disk.clone(parent, location.image, location.snapshot, layout)
-    if _depth(disk.pool, disk.name) > limit:
+    if len(rbd_image.ancestors(disk.pool, disk.name)) > limit:
         LOG.info("disk %s has more than %d parents and is flattened", disk.spec, limit)
         with disk.pool.open(disk.name) as image:
             image.flatten()
-
-
-def _depth(pool: ceph.Pool, name: str) -> int:
-    depth = 0
-    while (parent := rbd_image.parent_of(pool, name)) is not None:
-        pool, name = ceph.Pool(pool.settings, *parent[:2]), parent[2]
-        depth += 1
-    return depth
 
 
 def _discard(target: ceph.Pool, partial: str, disk: rbd_disk.RbdDisk, snapshot: str) -> None:

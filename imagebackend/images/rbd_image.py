@@ -11,7 +11,17 @@ from typing import Any
 from imagebackend import exceptions, faults
 from imagebackend.storage import ceph
 
-__all__ = ["RECORD", "bury", "bury_zombie", "is_zombie", "parent_of", "parse_record", "remove", "remove_snapshot"]
+__all__ = [
+    "RECORD",
+    "ancestors",
+    "bury",
+    "bury_zombie",
+    "is_zombie",
+    "parent_of",
+    "parse_record",
+    "remove",
+    "remove_snapshot",
+]
 
 LOG = logging.getLogger(__name__)
 
@@ -70,7 +80,7 @@ def remove(pool: ceph.Pool, name: str, trash_delay: int | None = None) -> bool:
     :raises DiskInUse: a client has it open.
     """
     with pool.open(name) as image:
-        parent = _parent(image)
+        parent = _parent(pool, image)
         if list(image.list_children2()):
             return False
         if trash_delay is None:
@@ -87,7 +97,7 @@ def remove(pool: ceph.Pool, name: str, trash_delay: int | None = None) -> bool:
         return False
     faults.point("disk.remove.image")
     if parent is not None:
-        bury_zombie(pool, *parent)
+        bury_zombie(*parent)
     return True
 
 
@@ -115,33 +125,45 @@ def is_zombie(name: str) -> bool:
     return name.startswith(_ZOMBIE)
 
 
-def bury_zombie(pool: ceph.Pool, parent_pool: str, namespace: str, name: str) -> None:
+def bury_zombie(pool: ceph.Pool, name: str) -> None:
     """Remove an image that lost its name because it had clones, if it has none any more.
 
     Nothing that goes wrong is raised: the clone that led here is gone, and the sweep finds what is left.
     """
     if is_zombie(name):
         try:
-            bury(ceph.Pool(pool.settings, parent_pool, namespace), name)
+            bury(pool, name)
         except exceptions.ImageBackendError as error:
             LOG.warning("image %s without a name is still there: %s", name, error)
 
 
-def _parent(image: Any) -> tuple[str, str, str] | None:
-    """Return pool, namespace and name of an open image's parent."""
+def parent_of(pool: ceph.Pool, name: str) -> tuple[ceph.Pool, str] | None:
+    """Return where an image's parent is, and its name; None if the image holds all its data itself.
+
+    :raises DiskNotFound: there is no such image.
+    """
+    with pool.open(name, read_only=True) as image:
+        return _parent(pool, image)
+
+
+def ancestors(pool: ceph.Pool, name: str) -> list[tuple[ceph.Pool, str]]:
+    """Return the parent of an image, that one's parent, and so on.
+
+    :raises DiskNotFound: there is no such image.
+    """
+    found = []
+    parent = parent_of(pool, name)
+    while parent is not None:
+        found.append(parent)
+        parent = parent_of(*parent)
+    return found
+
+
+def _parent(pool: ceph.Pool, image: Any) -> tuple[ceph.Pool, str] | None:
     import rbd
 
     try:
         spec = image.get_parent_image_spec()
     except rbd.ImageNotFound:
         return None
-    return spec["pool_name"], spec["pool_namespace"], spec["image_name"]
-
-
-def parent_of(pool: ceph.Pool, name: str) -> tuple[str, str, str] | None:
-    """Return pool, namespace and name of an image's parent; None if it holds all its data itself.
-
-    :raises DiskNotFound: there is no such image.
-    """
-    with pool.open(name, read_only=True) as image:
-        return _parent(image)
+    return ceph.Pool(pool.settings, spec["pool_name"], spec["pool_namespace"]), spec["image_name"]

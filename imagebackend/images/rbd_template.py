@@ -29,7 +29,7 @@ from imagebackend.templates.leases import Owner
 from imagebackend.templates.native import NativeTemplate, NativeTemplates
 from imagebackend.templates.record import Template
 
-__all__ = ["RbdTemplate", "RbdTemplates"]
+__all__ = ["RbdTemplate", "RbdTemplates", "name_of"]
 
 LOG = logging.getLogger(__name__)
 
@@ -39,6 +39,11 @@ _DIGEST_SHOWN = 32
 _FEATURES = ("layering", "exclusive-lock", "object-map", "fast-diff", "deep-flatten")
 _FIRST_DELAY, _LAST_DELAY = 0.05, 1.0
 _DELAYS_TO_DISCARD = (0.05, 0.1, 0.2, 0.4)
+
+
+def name_of(image: str) -> str | None:
+    """Return the name of the template whose image has that name; None: it is no template's."""
+    return image.removeprefix(_PREFIX) if image.startswith(_PREFIX) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +177,7 @@ class RbdTemplates(NativeTemplates):
                 with contextlib.suppress(exceptions.DiskInUse):
                     self._remove_part(image)
             elif rbd_image.is_zombie(image):
-                rbd_image.bury_zombie(self._pool, self._pool.name, self._pool.namespace, image)
+                rbd_image.bury_zombie(self._pool, image)
         return sorted({*settled, *(set(there) - set(self._pool.images()))})
 
     def _recorded(self, name: str, image_id: str) -> RbdTemplate:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.functional.cli_command import Command
+from tests.functional.cli_command import MIB, Command
 from tools import private_libvirtd
 from tools.private_ceph import Cluster
 
@@ -58,3 +58,19 @@ def test_the_doctor_tells_what_is_wrong_with_ceph(
     assert found["[libvirt] rbd_user"]["status"] == "error"
     assert found["[libvirt] rbd_secret_uuid"]["status"] == "error"
     assert SECRET in found["[libvirt] rbd_secret_uuid"]["message"]
+
+
+def test_a_disk_in_ceph_is_made_shown_and_removed(command: Command, rbd_pool: str) -> None:
+    command.done("template", "add", "--name", "debian", command.image())
+    command.done("disk", "create", "guest", "disk", "--template", "debian", "--size", "16M")
+
+    shown = command.json("disk", "show", "guest", "disk")
+    assert (shown["type"], shown["size"], shown["template"]) == ("rbd", 16 * MIB, "debian")
+    assert (shown["allocated"], shown["in_use"]) == (0, False)
+    assert f'<source protocol="rbd" name="{rbd_pool}/guest_disk">' in command.done("disk", "xml", "guest", "disk")
+    command.done("disk", "flatten", "guest", "disk")
+    shown = command.json("disk", "show", "guest", "disk")
+    assert shown["template"] is None
+    assert shown["allocated"] > 0
+    command.done("disk", "remove", "guest", "disk")
+    assert command.json("disk", "list") == {"disks": []}
