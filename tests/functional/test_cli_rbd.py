@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rbd
 
 from tests.functional.cli_command import MIB, Command
 from tools import private_libvirtd
@@ -74,3 +75,38 @@ def test_a_disk_in_ceph_is_made_shown_and_removed(command: Command, rbd_pool: st
     assert shown["allocated"] > 0
     command.done("disk", "remove", "guest", "disk")
     assert command.json("disk", "list") == {"disks": []}
+
+
+def test_templates_in_the_pool_are_made_ahead_listed_and_removed(
+    command: Command, ceph: Cluster, rbd_pool: str
+) -> None:
+    command.done("template", "add", "--name", "debian", command.image())
+    assert command.json("template", "native", "list") == {"type": "rbd", "templates": []}
+
+    finished = command.run("template", "native", "prepare", "debian")
+    assert (finished.returncode, finished.stdout) == (0, "template debian is in the store\n")
+    assert "Importing debian: 100 % of 8 MiB" in finished.stderr
+    command.done("disk", "create", "guest", "disk", "--template", "debian")
+    (listed,) = command.json("template", "native", "list")["templates"]
+    assert (listed["name"], listed["virtual_size"]) == ("debian", 8 * MIB)
+    assert [user["instance"] for user in listed["users"]] == ["guest"]
+    assert "debian  8 MiB" in command.done("template", "native", "list")
+    refused = command.run("template", "native", "remove", "debian")
+    assert (refused.returncode, refused.stdout) == (5, "")
+
+    command.done("disk", "remove", "guest", "disk")
+    with ceph.connect() as connection, connection.open_ioctx(rbd_pool) as context:
+        rbd.RBD().create(context, "partial:template:fedora", MIB)
+    assert command.done("template", "native", "sweep") == "partial:template:fedora removed\n"
+    assert command.done("template", "native", "sweep") == ""
+    command.done("template", "native", "remove", "debian")
+    assert command.run("template", "native", "remove", "debian").returncode == 3
+    assert command.json("template", "native", "list")["templates"] == []
+    assert [each["name"] for each in command.json("template", "list")["templates"]] == ["debian"]
+
+
+def test_disks_in_files_have_no_templates_elsewhere(command: Command) -> None:
+    finished = command.run("template", "native", "list", "--type", "qcow2")
+
+    assert finished.returncode == 1
+    assert "made from the cache" in finished.stderr
