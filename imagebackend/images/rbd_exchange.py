@@ -46,14 +46,14 @@ def clone_first(disk: rbd_disk.RbdDisk, urls: Sequence[str], layout: ceph.Layout
     """Make a disk from the first location of an image that can be cloned, and return that.
 
     :raises ImageUnacceptable: none can; says why for each.
-    :raises InsufficientSpace: the disk's pool is full.
+    :raises InsufficientSpace, StorageTimeout: another location would not help.
     """
     reasons = []
     for url in urls:
         try:
             location = rbd_url.parse_url(url)
             _clone(disk, location, layout)
-        except exceptions.InsufficientSpace:
+        except (exceptions.InsufficientSpace, exceptions.TimedOut):
             raise
         except exceptions.InvalidConfiguration as error:  # the disk's own pool was there a moment ago
             reasons.append(f"{url}: {error.reason}")

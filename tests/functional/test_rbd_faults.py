@@ -234,6 +234,26 @@ def test_an_osd_that_stays_away_is_an_error_in_time_and_nothing_is_left(
         assert images(own_ceph, pool) == ["first_disk", "second_disk", "template:template"]
 
 
+def test_an_image_is_not_unacceptable_because_the_osd_does_not_answer(
+    own_ceph: Cluster, template: Contents, tmp_path: Path
+) -> None:
+    with own_ceph.pool() as pool:
+        backend = rbd_backend(own_ceph, pool, tmp_path / "instances", rbd_operation_timeout=2)
+        first, second = backend.image("first", "disk"), backend.image("second", "disk")
+        first.cache(template.fetch, "template", SIZE)
+        location = first.direct_snapshot(None, "snap", "raw", "published", "")
+
+        def pause(step: str) -> None:
+            if step == "disk.create.clone_intended":
+                paused.enter_context(own_ceph.paused("osd.0"))
+
+        with contextlib.ExitStack() as paused, armed(pause), pytest.raises(exceptions.StorageTimeout):
+            second.clone(None, location)
+
+        second.clone(None, location)
+        assert images(own_ceph, pool) == ["first_disk", "published", "second_disk", "template:template"]
+
+
 def test_a_flatten_whose_osd_stays_away_ends_in_time_and_can_be_done_again(
     own_ceph: Cluster, template: Contents, tmp_path: Path
 ) -> None:
