@@ -36,17 +36,23 @@ def write_from(source: int, image: Any, *, progress: Progress | None = None) -> 
     size = os.fstat(source).st_size
     _tell(progress, 0, size)
     with _in_flight() as pieces:
+        ends: deque[int] = deque()
+
+        def finish_oldest() -> None:
+            finish(pieces.popleft())
+            _tell(progress, ends.popleft(), size)
+
         for start, length in _pieces(sparse_copy.data_ranges(source, size)):
             with _file_errors(source):
                 data = os.pread(source, length, start)
             if len(data) != length:
                 raise exceptions.StorageError(f"descriptor {source}", "became shorter while it was read")
             pieces.append(image.aio_write(data, start, _ignore))
+            ends.append(start + length)
             if len(pieces) == _DEPTH:
-                finish(pieces.popleft())
-                _tell(progress, start, size)
+                finish_oldest()
         while pieces:
-            finish(pieces.popleft())
+            finish_oldest()
     image.flush()
     _tell(progress, size, size)
 
@@ -99,14 +105,24 @@ def read(image: Any) -> Generator[tuple[int, bytes]]:
 def flatten(image: Any, progress: Progress | None = None) -> None:
     """Copy into an image all that it has from its parent, and cut the tie.
 
+    librbd cannot be stopped at it: if the callback raises ``Cancelled``, it is done all the same, and no error.
+
     :param progress: called with the objects done and in all.
     """
+    failures: list[BaseException] = []
 
     def report(done: int, total: int) -> int:
-        _tell(progress, done, total)
+        # What passes through librbd is lost on the way.
+        try:
+            if not failures:
+                _tell(progress, done, total)
+        except BaseException as error:
+            failures.append(error)
         return 0
 
     image.flatten(on_progress=report)
+    if failures and not isinstance(failures[0], exceptions.Cancelled):
+        raise failures[0]
 
 
 def allocated(image: Any) -> int:

@@ -134,6 +134,37 @@ def test_templates_are_made_ahead_listed_and_removed_when_no_disk_needs_them(
         store(backend).remove("debian")
 
 
+def test_an_import_that_is_cancelled_leaves_nothing_and_a_flatten_is_not_cancelled(
+    backend: Backend, ceph: Cluster, rbd_pool: str, template: Contents, tmp_path: Path
+) -> None:
+    def cancel(done: int, total: int) -> None:
+        if 0 < done < total:
+            raise exceptions.Cancelled("enough")
+
+    cached = backend.templates.fetch("debian", template.fetch)
+    with pytest.raises(exceptions.Cancelled):
+        store(backend).prepare(cached, cancel)
+    assert images(ceph, rbd_pool) == set()
+
+    disk = backend.image("guest", "disk")
+    disk.cache(template.fetch, "debian")
+    assert isinstance(disk, Rbd)
+    disk.flatten(progress=cancel)
+    assert disk.parents() == []
+    assert read(disk, tmp_path / "copy") == template.content
+
+
+def test_what_the_callback_of_a_flatten_raises_is_not_lost(backend: Backend, template: Contents) -> None:
+    disk = backend.image("guest", "disk")
+    disk.cache(template.fetch, "debian")
+
+    def fail(done: int, total: int) -> None:
+        raise RuntimeError("a defect of the caller")
+
+    with pytest.raises(RuntimeError, match="defect"):
+        disk.flatten(progress=fail)
+
+
 def test_a_template_whose_record_is_damaged_is_left_out(
     backend: Backend, ceph: Cluster, rbd_pool: str, template: Contents
 ) -> None:
