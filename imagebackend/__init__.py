@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from imagebackend.conf import list_opts, load_config, register_opts
     from imagebackend.images.base import Capabilities, Image, Snapshot
     from imagebackend.images.ephemeral import create_ephemeral, create_swap
+    from imagebackend.images.root_folder import clone_root, remove_root
     from imagebackend.keys import castellan_keys
     from imagebackend.templates.cache import Template, TemplateCache
     from imagebackend.templates.sources import open_source, open_tree
@@ -27,6 +28,7 @@ __all__ = [
     "Template",
     "TemplateCache",
     "castellan_keys",
+    "clone_root",
     "create_ephemeral",
     "create_swap",
     "exceptions",
@@ -35,6 +37,7 @@ __all__ = [
     "open_source",
     "open_tree",
     "register_opts",
+    "remove_root",
 ]
 
 _HOMES = {
@@ -45,6 +48,7 @@ _HOMES = {
     "Template": "imagebackend.templates.cache",
     "TemplateCache": "imagebackend.templates.cache",
     "castellan_keys": "imagebackend.keys",
+    "clone_root": "imagebackend.images.root_folder",
     "create_ephemeral": "imagebackend.images.ephemeral",
     "create_swap": "imagebackend.images.ephemeral",
     "list_opts": "imagebackend.conf",
@@ -52,6 +56,7 @@ _HOMES = {
     "open_source": "imagebackend.templates.sources",
     "open_tree": "imagebackend.templates.sources",
     "register_opts": "imagebackend.conf",
+    "remove_root": "imagebackend.images.root_folder",
 }
 
 

@@ -125,6 +125,17 @@ def test_a_container_starts_from_a_block_device(libvirt_lxc: libvirt.virConnect,
     assert said(image.path) == "ext4\nmade by the library"
 
 
+def test_a_container_starts_from_a_folder(libvirt_lxc: libvirt.virConnect, root: Path, folder: Path) -> None:
+    conf = configured(folder / "instances", "raw")
+    filesystem = imagebackend.clone_root(conf, str(root), "container")
+    with running(libvirt_lxc, domain_xml(filesystem)):
+        words = folder / "instances" / "container" / "root" / "said"
+        deadline.wait_for(words.exists, seconds=60, what="a word from the container")
+        assert words.read_text().endswith("made by the library")
+    assert not (root / "said").exists()
+    imagebackend.remove_root(conf, "container")
+
+
 def test_a_path_that_is_too_long_for_libvirt_is_told(
     libvirt_lxc: libvirt.virConnect, root: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
