@@ -12,6 +12,8 @@ from imagebackend import exceptions
 
 __all__ = ["find_device"]
 
+_DEVICES = "/sys/block"
+
 
 def find_device(path: str) -> str | None:
     """Return the ploop device that an image is attached to, as ``/dev/ploopN``, or None.
@@ -20,7 +22,14 @@ def find_device(path: str) -> str | None:
     :raises StorageError: the kernel does not tell.
     """
     wanted = os.fsencode(os.path.realpath(path))
-    for listed in glob.glob("/sys/block/ploop*/pdelta/*/image"):
+    try:
+        # glob() would take what it cannot read for empty.
+        devices = [name for name in os.listdir(_DEVICES) if name.startswith("ploop")]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise exceptions.storage_error(error, _DEVICES) from error
+    for listed in (path for name in devices for path in glob.glob(f"{_DEVICES}/{name}/pdelta/*/image")):
         try:
             if pathlib.Path(listed).read_bytes().removesuffix(b"\n") == wanted:
                 return f"/dev/{listed.split('/')[3]}"
