@@ -153,7 +153,8 @@ class Sink:
 
     def skip(self, length: int) -> None:
         """Append a hole of ``length`` bytes, which is hashed as the zeros that it reads as."""
-        self._settle()
+        if length:
+            self._settle()
         while length:
             piece = memoryview(_ZEROS)[: min(length, BLOCK_SIZE)]
             if self._decompressor is None:
