@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from tests.bench import environment, fetch_figures, figures, peers, rbd_figures, report
+from tests.bench import environment, fetch_figures, figures, peers, ploop_figures, rbd_figures, report
 
-FIGURES = (*figures.FIGURES, *fetch_figures.FIGURES, *rbd_figures.FIGURES)
+FIGURES = (*figures.FIGURES, *fetch_figures.FIGURES, *ploop_figures.FIGURES, *rbd_figures.FIGURES)
 
 _LINES_OF_ERROR = 6
 

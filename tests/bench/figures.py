@@ -18,7 +18,20 @@ from tests.bench import environment, peers
 from tests.bench.report import OWN, CountRow, Row, progress
 from tests.bench.worker import Timing
 
-__all__ = ["FIGURES", "NOVA", "Bench", "Contender", "CountRow", "Figure", "Row", "row", "worker_in"]
+__all__ = [
+    "FIGURES",
+    "NOVA",
+    "Bench",
+    "Contender",
+    "CountRow",
+    "Figure",
+    "Row",
+    "copy",
+    "creators",
+    "row",
+    "sync_file",
+    "worker_in",
+]
 
 _GIB, _MIB = 1 << 30, 1 << 20
 _TEMPLATE = "template"
@@ -139,7 +152,7 @@ class Figure:
 def warm_qcow2(bench: Bench, figure: str) -> list[Row | CountRow]:
     tool, count = "qemu-img create -b", 5 if bench.quick else 20
     with bench.warm_workers("qcow2", bench.folder) as workers:
-        contenders = _creators(bench, workers, count)
+        contenders = creators(bench, workers, count)
         contenders[tool] = functools.partial(_qemu_img_create, bench, count)
         title = f"warm qcow2 disk, {count} in turn"
         results = bench.interleave(title, contenders)
@@ -153,7 +166,7 @@ def warm_qcow2_threads(bench: Bench, figure: str) -> list[Row | CountRow]:
     with bench.warm_workers("qcow2", bench.folder) as workers:
         for threads in (8, 32):
             title = f"warm qcow2 disk, {count} by {threads} threads"
-            results = bench.interleave(title, _creators(bench, workers, count, threads))
+            results = bench.interleave(title, creators(bench, workers, count, threads))
             rows.append(row(figure, f"{title}: throughput", "ms a disk", results, {NOVA: 60}))
             middle = _each(results, lambda each: statistics.median(each) * 1e3)
             late = _each(results, lambda each: statistics.quantiles(each, n=10)[8] * 1e3)
@@ -177,17 +190,17 @@ def raw_reflink(bench: Bench, figure: str) -> list[Row | CountRow]:
         _REFLINK_SYNC: "the same, then fsync(2) of DISK and folder",
     }
     tools: dict[str, Contender] = {
-        _REFLINK: functools.partial(_copy, source, count, _REFLINK.split(), None),
-        _REFLINK_SYNC: functools.partial(_copy, source, count, _REFLINK.split(), _sync_file_and_folder),
+        _REFLINK: functools.partial(copy, source, count, _REFLINK.split(), None),
+        _REFLINK_SYNC: functools.partial(copy, source, count, _REFLINK.split(), _sync_file_and_folder),
     }
     with bench.warm_workers("raw", bench.xfs) as workers, bench.hasty_worker("raw", bench.xfs) as hasty:
         title = f"warm raw disk on XFS, {count} in turn"
-        contenders = {**_creators(bench, workers, count), **tools}
+        contenders = {**creators(bench, workers, count), **tools}
         durable = bench.interleave(title, contenders)
         # So short that one moment in which the machine did something else would show: more of them.
         without = f"warm raw disk on XFS, {5 * count} in turn, durable_writes = false"
-        contenders = _creators(bench, {"own": hasty}, 5 * count)
-        contenders[_REFLINK] = functools.partial(_copy, source, 5 * count, _REFLINK.split(), None)
+        contenders = creators(bench, {"own": hasty}, 5 * count)
+        contenders[_REFLINK] = functools.partial(copy, source, 5 * count, _REFLINK.split(), None)
         not_durable = bench.interleave(without, contenders)
     os.unlink(source)
     return [
@@ -201,9 +214,9 @@ def raw_copy(bench: Bench, figure: str) -> list[Row | CountRow]:
     tool, bare = "cp, fdatasync", "cp"
     kind = subprocess.check_output(["findmnt", "-no", "FSTYPE", "-T", bench.folder], text=True).strip()
     with bench.warm_workers("raw", bench.folder, bench.template) as workers:
-        contenders = _creators(bench, workers, 1)
-        contenders[tool] = functools.partial(_copy, bench.template, 1, ["cp"], _sync_file)
-        contenders[bare] = functools.partial(_copy, bench.template, 1, ["cp"], None)
+        contenders = creators(bench, workers, 1)
+        contenders[tool] = functools.partial(copy, bench.template, 1, ["cp"], sync_file)
+        contenders[bare] = functools.partial(copy, bench.template, 1, ["cp"], None)
         title = f"warm raw disk on {kind}, {bench.data_size // _MIB} MiB of data"
         results = bench.interleave(title, contenders)
     commands = {tool: "cp TEMPLATE DISK, then fdatasync(2)", bare: "cp TEMPLATE DISK, not durable"}
@@ -341,7 +354,7 @@ def _fetch(worker: peers.Worker, source: str, size: int) -> Timing:
     return timing
 
 
-def _creators(bench: Bench, workers: dict[str, peers.Worker], count: int, threads: int = 1) -> dict[str, Contender]:
+def creators(bench: Bench, workers: dict[str, peers.Worker], count: int, threads: int = 1) -> dict[str, Contender]:
     def create(worker: peers.Worker) -> Timing:
         instances = _instances(count)
         arguments = {"template": _TEMPLATE, "size": bench.virtual_size, "threads": threads}
@@ -361,7 +374,7 @@ def _qemu_img_create(bench: Bench, count: int) -> Timing:
     return timing
 
 
-def _copy(source: str, count: int, command: list[str], sync: Callable[[str], None] | None) -> Timing:
+def copy(source: str, count: int, command: list[str], sync: Callable[[str], None] | None) -> Timing:
     disks = [f"{source}.copy-{number}" for number in range(count)]
     after = (lambda number: sync(disks[number])) if sync else (lambda number: None)
     timing = peers.run_tool([[*command, source, disk] for disk in disks], after)
@@ -370,7 +383,7 @@ def _copy(source: str, count: int, command: list[str], sync: Callable[[str], Non
     return timing
 
 
-def _sync_file(path: str) -> None:
+def sync_file(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fdatasync(descriptor)
     os.close(descriptor)
