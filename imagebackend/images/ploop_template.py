@@ -109,11 +109,7 @@ class PloopTemplates(NativeTemplates):
 
     def sweep(self) -> Sequence[str]:
         swept = []
-        try:
-            entries = os.listdir(self._folder)
-        except FileNotFoundError:
-            return []
-        for entry in sorted(entries):
+        for entry in self._entries():
             file = entry.removeprefix(".").removesuffix(".partial")
             if entry.startswith("."):
                 with contextlib.suppress(exceptions.LockTimeout), self._lock(file, timeout=0):
@@ -193,8 +189,11 @@ class PloopTemplates(NativeTemplates):
         raise exceptions.CorruptRecord(path, "not the record of a ploop image; remove its folder")
 
     def _files(self) -> Sequence[str]:
+        return [entry for entry in self._entries() if not entry.startswith(".")]
+
+    def _entries(self) -> Sequence[str]:
         try:
-            return sorted(entry for entry in os.listdir(self._folder) if not entry.startswith("."))
+            return sorted(os.listdir(self._folder))
         except FileNotFoundError:
             return []
         except OSError as error:

@@ -21,6 +21,7 @@ __all__ = [
     "parse_record",
     "remove",
     "remove_snapshot",
+    "remove_snapshots",
 ]
 
 LOG = logging.getLogger(__name__)
@@ -84,11 +85,7 @@ def remove(pool: ceph.Pool, name: str, trash_delay: int | None = None) -> bool:
         if list(image.list_children2()):
             return False
         if trash_delay is None:
-            for snapshot in [each["name"] for each in image.list_snaps()]:
-                if image.is_protected_snap(snapshot):
-                    image.unprotect_snap(snapshot)
-                image.remove_snap(snapshot)
-                faults.point("disk.remove.snapshot")
+            remove_snapshots(image)
     try:
         pool.remove(name, trash_delay=trash_delay)
     except exceptions.StorageError as error:
@@ -99,6 +96,15 @@ def remove(pool: ceph.Pool, name: str, trash_delay: int | None = None) -> bool:
     if parent is not None:
         bury_zombie(*parent)
     return True
+
+
+def remove_snapshots(image: Any) -> None:
+    """Remove the snapshots of an open image, protected or not, none of which has clones."""
+    for snapshot in [each["name"] for each in image.list_snaps()]:
+        if image.is_protected_snap(snapshot):
+            image.unprotect_snap(snapshot)
+        image.remove_snap(snapshot)
+        faults.point("disk.remove.snapshot")
 
 
 def bury(pool: ceph.Pool, name: str, trash_delay: int | None = None) -> None:

@@ -230,7 +230,7 @@ class RbdTemplates(NativeTemplates):
             faults.point("template.import.filled")
             opened.metadata_set(rbd_image.RECORD, json.dumps(record))
             faults.point("template.import.recorded")
-            # Before it is renamed: an image with snapshots cannot be removed by a host that still takes it for a part.
+            # Before it is renamed, so that a template that is there can be cloned.
             _add_snapshot(opened, snapshot, size)
             self._pool.rename(partial, image)
             faults.point("template.import.renamed")
@@ -313,7 +313,12 @@ class RbdTemplates(NativeTemplates):
         :raises DiskInUse: he was not; or another host has the same in mind.
         """
         with contextlib.suppress(exceptions.DiskNotFound):
-            rbd_image.remove(self._pool, partial)
+            with self._locked(partial) as opened:
+                # Until it was locked, its maker may have been alive, and have given it its name: then it is whole.
+                if self._pool.image_id(partial) != opened.id():
+                    return
+                rbd_image.remove_snapshots(opened)
+            self._pool.remove(partial)
 
     def _make_snapshot(self, template: RbdTemplate, size: int) -> None:
         if size < template.virtual_size:

@@ -139,6 +139,11 @@ def once_used(store: Store) -> None:
     (store.folder / "_base" / ".other.download").write_bytes(b"left")
 
 
+def rebuild_leases(store: Store) -> None:
+    for _, error in store.backend.rebuild_leases().failed:
+        raise error
+
+
 def prune(store: Store) -> None:
     templates = store.backend.templates
     report = templates.prune(templates.policy(minimum_age=0, native_minimum_age=0))
@@ -188,7 +193,7 @@ OPERATIONS = {
     "remove template": Operation(template, remove_template, done=(exceptions.TemplateNotFound,)),
     "prune": Operation(once_used, prune),
     "precache": Operation(nothing, precache, only="rbd"),
-    "rebuild leases": Operation(without_leases, lambda store: store.backend.rebuild_leases(), only="qcow2"),
+    "rebuild leases": Operation(without_leases, rebuild_leases, only="qcow2"),
 }
 
 
