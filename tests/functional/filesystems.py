@@ -115,6 +115,17 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
         yield mount_point
 
 
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Have a folder read-only, for root too, while the block runs."""
+    subprocess.run(["mount", "--bind", folder, folder], check=True, timeout=60)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True, timeout=60)
+        yield
+    finally:
+        _unmount(folder)
+
+
 def _new_folder(mount_point: Path) -> Path:
     folder = mount_point / f"test{next(_count)}"
     folder.mkdir()

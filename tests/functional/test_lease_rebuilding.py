@@ -14,6 +14,7 @@ import pytest
 from imagebackend import exceptions
 from imagebackend.templates.leases import Owner
 from tests.contract.conftest import MIB, Store
+from tests.functional import filesystems
 from tests.functional.ceph import Contents, rbd_backend
 from tests.functional.cli_command import Command
 from tools import private_libvirtd
@@ -112,6 +113,26 @@ def test_a_disk_whose_template_is_gone_or_whose_header_is_damaged_is_told(store:
         image.path: exceptions.TemplateNotFound,
     }
     assert rebuilt.made == []
+
+
+@pytest.mark.parametrize("part", [".", "_base"])
+def test_in_a_read_only_folder_each_lease_that_is_not_changed_is_told(store: Store, part: str) -> None:
+    image = store.make()
+    template = store.backend.templates.get("template").file
+    owner = store.backend.templates.lease_book.leases()[0].owner
+    gone = Owner("gone", "disk", store.conf.host, f"{store.folder}/gone/disk")
+    store.backend.templates.lease(template, gone)
+    store.backend.templates.release(template, owner)
+    before = leases(store)
+    with filesystems.read_only(store.folder / part):
+        rebuilt = store.backend.rebuild_leases()
+
+    assert (rebuilt.made, rebuilt.dropped) == ([], [])
+    assert {what: type(error) for what, error in rebuilt.failed} == {
+        image.path: exceptions.PermissionDenied,
+        gone.path: exceptions.PermissionDenied,
+    }
+    assert leases(store) == before == {(template, gone.path)}
 
 
 def test_a_chain_of_images_leads_to_the_template(store: Store) -> None:

@@ -21,6 +21,7 @@ from imagebackend.templates.cache import TemplateCache
 from imagebackend.templates.leases import Owner
 from imagebackend.templates.sources import open_source
 from tests.contract.conftest import configured
+from tests.functional import filesystems
 from tests.functional.image_building import make_disk
 from tests.unit.templates.conftest import MIB, OWNER, Cache
 
@@ -498,6 +499,23 @@ class TestRights:
             with pytest.raises(exceptions.PermissionDenied):
                 act()
         assert cache.get("template") == template
+
+    @pytest.mark.parametrize("part", [".", "_base"])
+    def test_a_read_only_folder_keeps_its_tags(self, cache, part):
+        cache.fetch()
+        cache.fetch("other")
+        cache.cache.catalogue.tag("template", "stable")
+        before = cache.files()
+        with filesystems.read_only(cache.folder / part):
+            for act in (
+                lambda: cache.cache.catalogue.tag("template", "new"),
+                lambda: cache.cache.catalogue.tag("other", "stable"),
+                lambda: cache.cache.catalogue.untag("stable"),
+            ):
+                with pytest.raises(exceptions.PermissionDenied):
+                    act()
+            assert cache.cache.catalogue.tags() == {"stable": "template"}
+        assert cache.files() == before
 
     def test_no_right_to_the_folder_is_permission_denied(self, cache):
         cache.fetch()
