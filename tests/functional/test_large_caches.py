@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from imagebackend import Backend
 from imagebackend.templates.leases import Owner
 from tests import counting
-from tests.contract.conftest import configured
+from tests.contract.conftest import Store, configured
 
 SMALL, LARGE = 1_000, 10_000
 DISKS = 10
@@ -104,3 +105,30 @@ def test_what_takes_a_template_does_not_grow_with_what_else_is_there(folders: di
     setups = [SETUP.format(folder=folder, work=work.strip()) for folder in folders.values()]
     # Once before, which also loads what is loaded once.
     assert len({counting.count("act()", setup=f"{setup}\nact()").total for setup in setups}) == 1
+
+
+def rebuild(folder: Path) -> counting.Counts:
+    setup = SETUP.format(folder=folder, work="return backend.rebuild_leases()")
+    return counting.count("act()", setup=f"{setup}\nbackend = Backend(conf)")
+
+
+def test_a_rebuild_of_leases_costs_the_same_for_each_disk(tmp_path: Path) -> None:
+    few, many = 20, 200
+    made, dropped = {}, {}
+    for disks in (few, many):
+        (tmp_path / str(disks)).mkdir()
+        store = Store(tmp_path / str(disks), "qcow2", {})
+        first = Path(store.make().path).parent
+        copies = [store.folder / f"vm{number}" for number in range(disks - 1)]
+        for copy in copies:
+            shutil.copytree(first, copy)
+
+        made[disks] = rebuild(store.folder)
+        assert len(store.backend.templates.lease_book.leases()) == disks
+        for copy in copies:
+            shutil.rmtree(copy)
+        dropped[disks] = rebuild(store.folder)
+        assert len(store.backend.templates.lease_book.leases()) == 1
+    for counts in (made, dropped):
+        assert {(each.processes, each.execs) for each in counts.values()} == {(0, 0)}
+        assert counts[many].total <= 1.05 * (many / few) * counts[few].total
