@@ -17,6 +17,7 @@ from imagebackend import exceptions, names
 from imagebackend.images import dependents, disk_info
 from imagebackend.images.base import Image
 from imagebackend.keys import Keys
+from imagebackend.storage import publish
 from imagebackend.templates.cache import TemplateCache
 from imagebackend.templates.lease_book import Evidence, Rebuilt
 from imagebackend.templates.leases import Owner
@@ -138,14 +139,7 @@ class Backend:
         if owner is not None:
             yield from self._disks_of(owner)
             return
-        folder = os.path.abspath(self.conf.instances_path)
-        try:
-            entries = sorted(os.listdir(folder))
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise exceptions.storage_error(error, folder) from error
-        for entry in entries:
+        for entry in publish.list_folder(os.path.abspath(self.conf.instances_path)):
             try:
                 yield from self._disks_of(entry)
             except (exceptions.CorruptRecord, exceptions.InvalidName) as error:

@@ -109,7 +109,7 @@ class PloopTemplates(NativeTemplates):
 
     def sweep(self) -> Sequence[str]:
         swept = []
-        for entry in self._entries():
+        for entry in publish.list_folder(self._folder):
             file = entry.removeprefix(".").removesuffix(".partial")
             if entry.startswith("."):
                 with contextlib.suppress(exceptions.LockTimeout), self._lock(file, timeout=0):
@@ -189,15 +189,7 @@ class PloopTemplates(NativeTemplates):
         raise exceptions.CorruptRecord(path, "not the record of a ploop image; remove its folder")
 
     def _files(self) -> Sequence[str]:
-        return [entry for entry in self._entries() if not entry.startswith(".")]
-
-    def _entries(self) -> Sequence[str]:
-        try:
-            return sorted(os.listdir(self._folder))
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise exceptions.storage_error(error, self._folder) from error
+        return [entry for entry in publish.list_folder(self._folder) if not entry.startswith(".")]
 
     def _lock(self, file: str, timeout: float | None = None) -> contextlib.AbstractContextManager[None]:
         path = f"{self._locks}/ploop-template-{file}"

@@ -123,10 +123,5 @@ class RawFile:
     def _snapshot_paths(self) -> list[str]:
         # No name that a user can give contains '@'.
         prefix = f"{os.path.basename(self._disk.path)}@"
-        try:
-            entries = os.listdir(self._disk.folder)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise exceptions.storage_error(error, self._disk.folder) from error
-        return [f"{self._disk.folder}/{entry}" for entry in sorted(entries) if entry.startswith(prefix)]
+        entries = publish.list_folder(self._disk.folder)
+        return [f"{self._disk.folder}/{entry}" for entry in entries if entry.startswith(prefix)]

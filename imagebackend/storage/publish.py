@@ -19,6 +19,7 @@ __all__ = [
     "close_quietly",
     "commit",
     "create",
+    "list_folder",
     "new_file",
     "new_folder",
     "new_scratch",
@@ -226,6 +227,19 @@ def read_file(path: str, largest: int) -> bytes | None:
             os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+
+
+def list_folder(path: str) -> list[str]:
+    """Return the names of what is in a folder, sorted; none if it is not there.
+
+    :raises PermissionDenied, StorageError: it cannot be read.
+    """
+    try:
+        return sorted(os.listdir(path))
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise exceptions.storage_error(error, path) from error
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from imagebackend import exceptions, faults, locks
+from imagebackend.storage import publish
 from imagebackend.templates import entries, pruning, record, removal, sweep
 from imagebackend.templates.entries import Entry
 from imagebackend.templates.folder import TemplateFolder
@@ -190,13 +191,7 @@ def _busy(folder: TemplateFolder) -> frozenset[str]:
 
 
 def _lock_files(folder: TemplateFolder) -> Iterator[tuple[str, str]]:
-    try:
-        entries = os.listdir(folder.locks)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise exceptions.storage_error(error, folder.locks) from error
-    for entry in entries:
+    for entry in publish.list_folder(folder.locks):
         kind, _, name = entry.partition("-")
         if kind in ("template", "pull"):
             yield name, f"{folder.locks}/{entry}"

@@ -77,13 +77,7 @@ class TemplateFolder:
 
         :raises PermissionDenied, StorageError: it cannot be known.
         """
-        folder = f"{self.path}/.leases"
-        try:
-            return sorted(os.listdir(folder))
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise exceptions.storage_error(error, folder) from error
+        return publish.list_folder(f"{self.path}/.leases")
 
     def take_lease(self, file: str, owner: Owner) -> None:
         """Make a disk's lease on a file, unless it has it.
@@ -219,13 +213,7 @@ class TemplateFolder:
 
         :raises PermissionDenied, StorageError: the folder cannot be read.
         """
-        folder = f"{self.path}/.records"
-        try:
-            entries = os.listdir(folder)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise exceptions.storage_error(error, folder) from error
+        entries = publish.list_folder(f"{self.path}/.records")
         return sorted(name.removesuffix(".json") for name in entries if not name.startswith("."))
 
     def generations(self, name: str, listed: Sequence[str] | None = None) -> Sequence[str]:
@@ -282,10 +270,5 @@ class TemplateFolder:
             with contextlib.suppress(exceptions.CorruptRecord):
                 template = self.read(each, check_file=False)
                 claimed.add(template.file if template is not None else "")
-        try:
-            entries = os.listdir(self.path)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise exceptions.storage_error(error, self.path) from error
-        return sorted(each for each in entries if record.base_name(each) == base and each not in claimed)
+        entries = publish.list_folder(self.path)
+        return [each for each in entries if record.base_name(each) == base and each not in claimed]

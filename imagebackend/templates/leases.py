@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 
 from imagebackend import exceptions
+from imagebackend.storage import publish
 
 __all__ = ["Lease", "Owner", "changed", "count", "drop", "holds", "read_all", "take", "touch"]
 
@@ -95,12 +96,7 @@ def count(folder: str) -> int:
 
     :raises PermissionDenied, StorageError: that cannot be known, so the template must count as used.
     """
-    try:
-        return len(os.listdir(folder))
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        raise exceptions.storage_error(error, folder) from error
+    return len(publish.list_folder(folder))
 
 
 def read_all(folder: str, template: str) -> list[Lease]:

@@ -109,7 +109,7 @@ def disk_lock(folder: TemplateFolder, owner: Owner) -> str:
 
 def _files(folder: TemplateFolder) -> Iterator[_Leftover]:
     """Yield temporary files, and files that got their name just before a process was killed."""
-    for name in _listed(folder.path):
+    for name in publish.list_folder(folder.path):
         path = f"{folder.path}/{name}"
         if found := _TEMPORARY.fullmatch(name):
             of, kind = _innermost(found[1]), found[2]
@@ -145,7 +145,7 @@ def _remove_unrecorded(folder: TemplateFolder, file: str) -> bool:
 
 def _records(folder: TemplateFolder) -> Iterator[_Leftover]:
     """Yield temporary files of records, and records whose file is that of another."""
-    for name in _listed(f"{folder.path}/.records"):
+    for name in publish.list_folder(f"{folder.path}/.records"):
         if found := _TEMPORARY.fullmatch(name):
             of = found[1].removesuffix(".json")
             remove = functools.partial(_remove_prepared, folder, of)
@@ -176,7 +176,7 @@ def _forget_leftover(folder: TemplateFolder, name: str) -> bool:
 
 def _tags(folder: TemplateFolder) -> Iterator[_Leftover]:
     """Yield tags of templates that are gone, and temporary ones."""
-    for tag in _listed(folder.tags):
+    for tag in publish.list_folder(folder.tags):
         if found := _TEMPORARY.fullmatch(tag):
             path = f"{folder.tags}/{tag}"
             yield _Leftover(path, folder.lock_file("template", found[1]), functools.partial(publish.remove_file, path))
@@ -223,7 +223,7 @@ def _remove_empty(folder: TemplateFolder, file: str) -> bool:
 
 def _locks(folder: TemplateFolder) -> Iterator[_Leftover]:
     """Yield locks that nobody has held for long; those of templates that are there would only be made again."""
-    for name in _listed(folder.locks):
+    for name in publish.list_folder(folder.locks):
         kind = next((each for each in _LOCKS if name.startswith(each)), None)
         if kind is None or (kind == "template-" and folder.is_recorded(name.removeprefix(kind))):
             continue
@@ -238,12 +238,3 @@ def _age(path: str) -> float:
         return time.time() - os.stat(path, follow_symlinks=False).st_mtime
     except OSError:
         return 0.0
-
-
-def _listed(folder: str) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise exceptions.storage_error(error, folder) from error

@@ -35,13 +35,7 @@ def read_all(folder: str) -> dict[str, str]:
 
     :raises PermissionDenied, StorageError: they cannot be read.
     """
-    try:
-        entries = sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise exceptions.storage_error(error, folder) from error
-    found = {tag: read(folder, tag) for tag in entries if not tag.startswith(".")}
+    found = {tag: read(folder, tag) for tag in publish.list_folder(folder) if not tag.startswith(".")}
     return {tag: name for tag, name in found.items() if name is not None}
 
 
