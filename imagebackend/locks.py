@@ -19,12 +19,25 @@ from collections.abc import Iterator
 
 from imagebackend import exceptions
 
-__all__ = ["hold", "is_held", "is_range_locked", "lock_range"]
+__all__ = ["disk_lock", "folder", "hold", "is_held", "is_range_locked", "lock_range"]
 
 # struct flock: l_type, l_whence, l_start, l_len, l_pid (which must be 0 for an open file description lock).
 _FLOCK = struct.Struct("hhqqi4x")
 _CONFLICT = (errno.EAGAIN, errno.EACCES)
 _FIRST_DELAY, _LAST_DELAY = 0.001, 0.1
+
+
+def folder(instances: str) -> str:
+    """Return the folder of the lock files, by ``[DEFAULT] instances_path``, absolute."""
+    return f"{instances}/locks"
+
+
+def disk_lock(folder: str, instance: str, disk: str) -> str:
+    """Return the lock file of the lock under which a disk is made and changed, whatever it is stored in.
+
+    :param folder: as :func:`folder` returns it.
+    """
+    return f"{folder}/disk-{instance}_{disk}"
 
 
 @contextlib.contextmanager

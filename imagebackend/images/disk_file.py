@@ -73,7 +73,7 @@ class DiskFile:
         self.folder = f"{instances}/{instance}"
         self.path = f"{self.folder}/{disk_name}"
         self.owner = Owner(instance, disk_name, conf.host, self.path)
-        self.locks = f"{instances}/locks"
+        self.locks = locks.folder(instances)
         #: Where content is put together that then becomes the disk in another format.
         self.scratch = f"{self.folder}/.{disk_name}.scratch"
         self._intent = f"{self.folder}/.{disk_name}.intent"
@@ -127,7 +127,7 @@ class DiskFile:
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock under which the disk is made and changed."""
-        path = f"{self.locks}/disk-{self.owner.instance}_{self.owner.disk}"
+        path = locks.disk_lock(self.locks, self.owner.instance, self.owner.disk)
         return locks.hold(path, timeout=self.conf.lock_timeout, transient=True)
 
     @contextlib.contextmanager

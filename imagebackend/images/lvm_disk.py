@@ -90,14 +90,14 @@ class LvmDisk:
         self._tag = lvm_naming.disk_tag(owner.instance, owner.disk)
         self._who = f"{owner.instance}/{owner.disk}"
         self._new = f"{name}+new"
-        self._locks = f"{os.path.abspath(conf.instances_path)}/locks"
+        self._locks = locks.folder(os.path.abspath(conf.instances_path))
         # Beside the locks: that a volume may have taken the disk's place, but not its name. The tags say what is so;
         # this says that they have to be looked at before a disk is made.
         self._replacing = f"{self._locks}/replacing-{owner.instance}_{owner.disk}"
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock under which the disk is made and changed."""
-        path = f"{self._locks}/disk-{self.owner.instance}_{self.owner.disk}"
+        path = locks.disk_lock(self._locks, self.owner.instance, self.owner.disk)
         return locks.hold(path, timeout=self.conf.lock_timeout, transient=True)
 
     def may_exist(self) -> bool:

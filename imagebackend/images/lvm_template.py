@@ -14,18 +14,18 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from oslo_config import cfg
 
-from imagebackend import exceptions, faults, locks, names
+from imagebackend import exceptions, faults, names
 from imagebackend.images import lvm_content, lvm_naming, lvm_options
 from imagebackend.images.lvm_naming import COMPLETE
 from imagebackend.images.lvm_pool import ThinPool
 from imagebackend.storage.lvm2 import Volume, VolumeGroup
+from imagebackend.templates import native
 from imagebackend.templates.native import NativeTemplate, NativeTemplates
 from imagebackend.templates.record import Template
 
@@ -151,10 +151,7 @@ class LvmTemplates(NativeTemplates):
                 self._add_size(template, size, same[0])
 
     def _lock(self, name: str, timeout: float | None = None) -> contextlib.AbstractContextManager[None]:
-        folder = f"{os.path.abspath(self._conf.instances_path)}/locks"
-        path = f"{folder}/lvm-template-{names.check_name('template', name)}"
-        timeout = self._conf.lock_timeout if timeout is None else timeout
-        return locks.hold(path, timeout=timeout, transient=True)
+        return native.lock(self._conf, self.image_type, names.check_name("template", name), timeout)
 
     def _volumes(self, name: str) -> Sequence[Volume]:
         """Return the volumes of a template, and what killed makers left of some."""

@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 
 from oslo_config import cfg
 
-from imagebackend import exceptions, faults, locks
+from imagebackend import exceptions, faults
 from imagebackend.images import ploop_content, transfer
 from imagebackend.images.base import Progress
 from imagebackend.storage import ploop, publish
-from imagebackend.templates import inspection
+from imagebackend.templates import inspection, native
 from imagebackend.templates.native import NativeTemplate, NativeTemplates
 from imagebackend.templates.record import Template, check_reference
 
@@ -51,7 +51,6 @@ class PloopTemplates(NativeTemplates):
         instances = os.path.abspath(conf.instances_path)
         self._conf = conf
         self._folder = f"{instances}/{conf.image_cache.subdirectory_name}/.ploop"
-        self._locks = f"{instances}/locks"
 
     def serve(self, folder: str) -> bool:
         """Return whether a disk in ``folder``, which may be still to be made, can be cloned from them."""
@@ -192,6 +191,4 @@ class PloopTemplates(NativeTemplates):
         return [entry for entry in publish.list_folder(self._folder) if not entry.startswith(".")]
 
     def _lock(self, file: str, timeout: float | None = None) -> contextlib.AbstractContextManager[None]:
-        path = f"{self._locks}/ploop-template-{file}"
-        timeout = self._conf.lock_timeout if timeout is None else timeout
-        return locks.hold(path, timeout=timeout, transient=True)
+        return native.lock(self._conf, self.image_type, file, timeout)

@@ -57,7 +57,8 @@ class RbdDisk:
 
         :param timeout: seconds; None: ``[DEFAULT] lock_timeout``.
         """
-        path = f"{os.path.abspath(self.conf.instances_path)}/locks/disk-{self.owner.instance}_{self.owner.disk}"
+        folder = locks.folder(os.path.abspath(self.conf.instances_path))
+        path = locks.disk_lock(folder, self.owner.instance, self.owner.disk)
         return locks.hold(path, timeout=self.conf.lock_timeout if timeout is None else timeout, transient=True)
 
     def exists(self) -> bool:

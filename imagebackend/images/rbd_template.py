@@ -21,10 +21,11 @@ from typing import Any, ClassVar
 
 from oslo_config import cfg
 
-from imagebackend import exceptions, faults, locks, names
+from imagebackend import exceptions, faults, names
 from imagebackend.images import rbd_image, rbd_location, rbd_options, rbd_sweep
 from imagebackend.images.base import Progress
 from imagebackend.storage import ceph, rbd_data
+from imagebackend.templates import native
 from imagebackend.templates.leases import Owner
 from imagebackend.templates.native import NativeTemplate, NativeTemplates
 from imagebackend.templates.record import Template
@@ -208,9 +209,7 @@ class RbdTemplates(NativeTemplates):
 
     def _lock(self, name: str) -> contextlib.AbstractContextManager[None]:
         # The threads and processes of this host take turns here, and do not ask the cluster again and again.
-        folder = f"{os.path.abspath(self._conf.instances_path)}/locks"
-        path = f"{folder}/rbd-template-{names.check_name('template', name)}"
-        return locks.hold(path, timeout=self._conf.lock_timeout, transient=True)
+        return native.lock(self._conf, self.image_type, names.check_name("template", name))
 
     def _import(self, template: Template, snapshot: str, size: int, progress: Progress | None) -> bool:
         """Fill the template's image and give it a snapshot; return False if another host made it meanwhile."""

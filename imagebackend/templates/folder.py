@@ -44,7 +44,7 @@ class TemplateFolder:
         instances = os.path.abspath(conf.instances_path)
         self.conf = conf
         self.path: str = os.path.join(instances, conf.image_cache.subdirectory_name)
-        self.locks = f"{instances}/locks"
+        self.locks = locks.folder(instances)
         self.events = Events()
 
     def file(self, name: str) -> str:

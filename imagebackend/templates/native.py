@@ -10,14 +10,19 @@ them by the same rules.
 from __future__ import annotations
 
 import abc
+import contextlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from oslo_config import cfg
+
+from imagebackend import locks
 from imagebackend.templates.leases import Owner
 from imagebackend.templates.record import Template
 
-__all__ = ["NativeTemplate", "NativeTemplates"]
+__all__ = ["NativeTemplate", "NativeTemplates", "lock"]
 
 
 @dataclass(frozen=True)
@@ -74,3 +79,16 @@ class NativeTemplates(abc.ABC):
 
         :returns: the names, in the store, of what was removed.
         """
+
+
+def lock(
+    conf: cfg.ConfigOpts, image_type: str, name: str, timeout: float | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock under which a store's template is made and removed, on the hosts that share ``instances_path``.
+
+    :param name: what the store calls it; a safe name.
+    :param timeout: seconds to wait at most; None: ``[DEFAULT] lock_timeout``.
+    :raises LockTimeout: someone else held it all that time.
+    """
+    path = f"{locks.folder(os.path.abspath(conf.instances_path))}/{image_type}-template-{name}"
+    return locks.hold(path, timeout=conf.lock_timeout if timeout is None else timeout, transient=True)

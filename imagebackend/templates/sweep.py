@@ -104,7 +104,7 @@ def is_file_gone(folder: TemplateFolder, owner: Owner) -> bool:
 
 def disk_lock(folder: TemplateFolder, owner: Owner) -> str:
     """Return the lock file of the lock under which a disk is made and changed."""
-    return f"{folder.locks}/disk-{owner.instance}_{owner.disk}"
+    return locks.disk_lock(folder.locks, owner.instance, owner.disk)
 
 
 def _files(folder: TemplateFolder) -> Iterator[_Leftover]:
