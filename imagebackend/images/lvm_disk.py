@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import logging
 import os
 import secrets
@@ -153,7 +152,7 @@ class LvmDisk:
 
     def tags(self, **more: str | int) -> set[str]:
         """Return the tags of a new volume of the disk's."""
-        values = {"kind": "disk", "format": "raw", "made": _now(), **more}
+        values = {"kind": "disk", "format": "raw", "made": lvm_naming.now(), **more}
         return {self._tag, *lvm_naming.tags(values), *self.conf.libvirt.images_volume_tags}
 
     def snapshot_template(self, volume: str, template: str) -> None:
@@ -216,7 +215,7 @@ class LvmDisk:
         :param volume: the disk's.
         """
         kept = {key: value for key, value in lvm_naming.facts(volume.tags).items() if key not in ("complete", "made")}
-        facts = {**kept, "kind": "snapshot", "format": "raw", "snapshot": name, "made": _now()}
+        facts = {**kept, "kind": "snapshot", "format": "raw", "snapshot": name, "made": lvm_naming.now()}
         tags = {self._tag, *lvm_naming.tags(facts), *self.conf.libvirt.images_volume_tags, COMPLETE}
         target = f"{self.name}+snap+{secrets.token_hex(4)}"
         self.group.snapshot(volume.name, target, tags, read_only=True, activate=False)
@@ -402,7 +401,3 @@ class LvmDisk:
 
     def _key(self) -> bytes:
         return lvm_encryption.key_of(self.keys, self.owner.instance, self.owner.disk)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -15,6 +15,7 @@ What a volume is stands in its tags, of the form ``imagebackend.key=value``.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,7 @@ __all__ = [
     "disk_names",
     "disk_tag",
     "facts",
+    "now",
     "parse_path",
     "tags",
     "template_key",
@@ -107,6 +109,11 @@ def facts(found: Iterable[str]) -> dict[str, str]:
     """Return what tags of this library's say; nothing for a volume that it did not make."""
     pairs = (tag.removeprefix(_PREFIX).partition("=") for tag in found if tag.startswith(_PREFIX))
     return {key: value for key, _, value in pairs}
+
+
+def now() -> str:
+    """Return the time, as tags have it: snapshots made within a second are told apart."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _volume_of(path: str) -> tuple[str, str] | None:

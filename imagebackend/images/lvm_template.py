@@ -12,7 +12,6 @@ Disks do not depend on them: the pool keeps the data that several volumes share 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -175,7 +174,7 @@ class LvmTemplates(NativeTemplates):
             "virtual_size": template.virtual_size,
             "sha256": template.sha256,
             "data": data,
-            "made": _now(),
+            "made": lvm_naming.now(),
         }
         tags = {*lvm_naming.tags(facts), *self._conf.libvirt.images_volume_tags}
         with contextlib.ExitStack() as undo:
@@ -202,7 +201,7 @@ class LvmTemplates(NativeTemplates):
         final = template.volume(size)
         partial = f"{final}+new"
         kept = {key: value for key, value in lvm_naming.facts(origin.tags).items() if key not in ("complete", "made")}
-        tags = {*lvm_naming.tags({**kept, "made": _now()}), *self._conf.libvirt.images_volume_tags, COMPLETE}
+        tags = {*lvm_naming.tags({**kept, "made": lvm_naming.now()}), *self._conf.libvirt.images_volume_tags, COMPLETE}
         with contextlib.ExitStack() as undo:
             undo.callback(self._remove_quietly, partial)
             self._pool.refuse_full()
@@ -217,13 +216,12 @@ class LvmTemplates(NativeTemplates):
 
     def _remove_quietly(self, volume: str) -> None:
         # An undo step: the error that led here matters more; the next attempt removes it.
-        with contextlib.suppress(exceptions.DiskNotFound):
-            try:
-                self._group.remove(volume)
-            except exceptions.DiskNotFound:
-                raise
-            except exceptions.ImageBackendError as error:
-                LOG.warning("a part of a template is left in %s: %s", volume, error)
+        try:
+            self._group.remove(volume)
+        except exceptions.DiskNotFound:
+            pass
+        except exceptions.ImageBackendError as error:
+            LOG.warning("a part of a template is left in %s: %s", volume, error)
 
 
 def templates(conf: cfg.ConfigOpts) -> LvmTemplates | None:
@@ -247,7 +245,3 @@ def _native(name: str, volume: Volume) -> NativeTemplate:
     facts = lvm_naming.facts(volume.tags)
     size, data = int(facts["virtual_size"]), int(facts["data"])
     return NativeTemplate(name, facts["sha256"], size, data, facts["made"], users=())
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

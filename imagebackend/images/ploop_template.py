@@ -13,7 +13,6 @@ They exist only where files share blocks, and share theirs with the template. Di
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from imagebackend import exceptions, faults
 from imagebackend.images import ploop_content, transfer
 from imagebackend.images.base import Progress
 from imagebackend.storage import ploop, publish
-from imagebackend.templates import inspection, native
+from imagebackend.templates import inspection, native, record
 from imagebackend.templates.native import NativeTemplate, NativeTemplates
 from imagebackend.templates.record import Template, check_reference
 
@@ -148,11 +147,10 @@ class PloopTemplates(NativeTemplates):
             descriptor = ploop.Descriptor(header.virtual_size, header.cluster_size, (delta,))
             publish.write_file(f"{folder}/{ploop.NAME}", ploop.format_descriptor(descriptor), durable=durable)
             found = os.fstat(image)
-            made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             facts = {
                 "version": 1,
                 **{name: getattr(template, name) for name in ("name", "sha256", "digest", "virtual_size")},
-                "made": made,
+                "made": record.now(),
                 "size": found.st_size,
                 "modified": found.st_mtime_ns,
             }

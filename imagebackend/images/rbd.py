@@ -131,7 +131,7 @@ class Rbd(Image):
             if transfer.is_grown(self.path, current, size):
                 return
             header = self._disk.header_size()
-            if domain is not None and domain.isActive():
+            if domain is not None and transfer.is_running(domain):
                 if header:
                     raise exceptions.Unsupported("growing a running encrypted disk", "librbd would cut off its end")
                 transfer.resize_running(domain, self._target_device(domain), size)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from imagebackend import exceptions, faults, names
 from imagebackend.images import rbd_image, rbd_location, rbd_options, rbd_sweep
 from imagebackend.images.base import Progress
 from imagebackend.storage import ceph, rbd_data
-from imagebackend.templates import native
+from imagebackend.templates import native, record
 from imagebackend.templates.leases import Owner
 from imagebackend.templates.native import NativeTemplate, NativeTemplates
 from imagebackend.templates.record import Template
@@ -187,9 +186,9 @@ class RbdTemplates(NativeTemplates):
         :raises CorruptRecord: it is damaged.
         """
         spec = self._pool.spec(f"{_PREFIX}{name}")
-        record = rbd_image.parse_record(spec, self._pool.metadata(image_id, rbd_image.RECORD))
+        facts = rbd_image.parse_record(spec, self._pool.metadata(image_id, rbd_image.RECORD))
         try:
-            return RbdTemplate(name, int(record["virtual_size"]), str(record["sha256"]), str(record["made"]))
+            return RbdTemplate(name, int(facts["virtual_size"]), str(facts["sha256"]), str(facts["made"]))
         except (KeyError, ValueError, TypeError) as error:
             raise exceptions.CorruptRecord(spec, f"not a template's record ({error!r}); remove the image") from error
 
@@ -215,9 +214,8 @@ class RbdTemplates(NativeTemplates):
         """Fill the template's image and give it a snapshot; return False if another host made it meanwhile."""
         image = f"{_PREFIX}{template.name}"
         partial = f"partial:{image}"
-        made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record = {"version": 1, **template.as_dict(), "made": made}
-        del record["path"]
+        facts = {"version": 1, **template.as_dict(), "made": record.now()}
+        del facts["path"]
         with self._claim(image, partial, template) as opened:
             if opened is None:
                 return False
@@ -227,7 +225,7 @@ class RbdTemplates(NativeTemplates):
             finally:
                 os.close(source)
             faults.point("template.import.filled")
-            opened.metadata_set(rbd_image.RECORD, json.dumps(record))
+            opened.metadata_set(rbd_image.RECORD, json.dumps(facts))
             faults.point("template.import.recorded")
             # Before it is renamed, so that a template that is there can be cloned.
             _add_snapshot(opened, snapshot, size)
