@@ -76,12 +76,25 @@ class Session:
         elif text:
             click.echo(text)
 
+    def end_if_failed(self, failed: Sequence[tuple[str, exceptions.ImageBackendError]]) -> None:
+        """Say what failed, unless the document does, and end with the exit status of the first failure; if any did."""
+        if not self.json:
+            for what, error in failed:
+                click.echo(f"imagebackend: {output.printable(f'{what}: {output.message(error)}')}", err=True)
+        if failed:
+            raise click.exceptions.Exit(status_of(failed[0][1]))
+
     def progress(self, label: str, *, lines: bool = False) -> contextlib.AbstractContextManager[Progress]:
         """Give what shows the progress of the work in the block, and ends it when the user wants that.
 
         :param lines: show no bar: others are shown at a time.
         """
         return Progress(label, self.interruption, silent=self.json, lines=lines).shown()
+
+
+def failures_document(failed: Sequence[tuple[str, exceptions.ImageBackendError]]) -> list[dict[str, Any]]:
+    """Return what a document says of what failed, of which the names are known."""
+    return [{"name": what, "error": output.error_document(error, status_of(error))} for what, error in failed]
 
 
 class Tally:

@@ -10,8 +10,7 @@ import click
 
 from imagebackend import exceptions
 from imagebackend.cli import hypervisor, output
-from imagebackend.cli.exit_status import status_of
-from imagebackend.cli.session import Session
+from imagebackend.cli.session import Session, failures_document
 
 if TYPE_CHECKING:
     from imagebackend.templates.lease_book import LeaseBook
@@ -77,15 +76,11 @@ def _rebuild(session: Session, no_domains: bool, connect: str | None, image_type
     document = {
         "made": list(map(_facts, rebuilt.made)),
         "dropped": list(map(_facts, rebuilt.dropped)),
-        "failed": [{"name": what, "error": output.error_document(error, status_of(error))} for what, error in failed],
+        "failed": failures_document(failed),
     }
     outcome = f"{len(rebuilt.made)} made, {len(rebuilt.dropped)} dropped"
     session.show(document, "\n".join([*_lines(made=rebuilt.made, dropped=rebuilt.dropped), outcome]))
-    if not session.json:
-        for what, reason in failed:
-            click.echo(f"imagebackend: {output.printable(f'{what}: {output.message(reason)}')}", err=True)
-    if failed:
-        raise click.exceptions.Exit(status_of(failed[0][1]))
+    session.end_if_failed(failed)
 
 
 def _drop(session: Session, host: str) -> None:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from imagebackend.cli import output
-from imagebackend.cli.exit_status import status_of
 from imagebackend.cli.output import human_size
 from imagebackend.cli.parameters import parse_age, parse_size
-from imagebackend.cli.session import Session
+from imagebackend.cli.session import Session, failures_document
 
 if TYPE_CHECKING:
     from imagebackend.templates.eviction import Report
@@ -66,11 +65,7 @@ def prune(
     stores = backend.native_templates(*image_types) if image_types else None
     report = backend.templates.prune(backend.templates.policy(**changes), stores=stores, dry_run=dry_run)
     session.show(_document(report, dry_run), _text(report, dry_run))
-    for what, error in report.failed:
-        if not session.json:
-            click.echo(f"imagebackend: {what}: {output.printable(output.message(error))}", err=True)
-    if report.failed:
-        raise click.exceptions.Exit(status_of(report.failed[0][1]))
+    session.end_if_failed(report.failed)
 
 
 def _document(report: Report, dry_run: bool) -> dict[str, Any]:
@@ -80,9 +75,7 @@ def _document(report: Report, dry_run: bool) -> dict[str, Any]:
             {**vars(each.candidate), "remove": each.remove, "reason": each.reason} for each in report.decisions
         ],
         "removed": [{"name": each.name, "store": each.store, "own": each.own} for each in report.removed],
-        "failed": [
-            {"name": what, "error": output.error_document(error, status_of(error))} for what, error in report.failed
-        ],
+        "failed": failures_document(report.failed),
         "swept": report.swept,
         "reclaimed": report.reclaimed,
     }
