@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import errno
+import importlib
 import logging
 import os
 import threading
@@ -173,11 +174,7 @@ def import_rados() -> Any:
 
     :raises Unsupported: it is not installed; says which package has it.
     """
-    try:
-        import rados
-    except ImportError as error:
-        raise _missing("rados") from error
-    return rados
+    return _imported("rados")
 
 
 def import_rbd() -> Any:
@@ -185,11 +182,7 @@ def import_rbd() -> Any:
 
     :raises Unsupported: it is not installed; says which package has it.
     """
-    try:
-        import rbd
-    except ImportError as error:
-        raise _missing("rbd") from error
-    return rbd
+    return _imported("rbd")
 
 
 def librbd_version() -> str:
@@ -200,9 +193,12 @@ def librbd_version() -> str:
     return ".".join(str(part) for part in import_rbd().RBD().version())
 
 
-def _missing(module: str) -> exceptions.Unsupported:
-    reason = f"Python's module {module!r} is missing; install the distribution's package python3-{module}"
-    return exceptions.Unsupported("a disk in Ceph", reason)
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        reason = f"Python's module {module!r} is missing; install the distribution's package python3-{module}"
+        raise exceptions.Unsupported("a disk in Ceph", reason) from error
 
 
 def _abandon() -> None:
