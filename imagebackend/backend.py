@@ -94,9 +94,7 @@ class Backend:
         :raises InvalidName: one of the names is not safe.
         :raises InvalidConfiguration: there is no such type.
         """
-        image = self.backend(image_type)(self.conf, self.templates, names.instance_id(instance), disk_name)
-        image.keys = self.keys
-        return image
+        return self._image(self.backend(image_type), instance, disk_name)
 
     by_name = image
 
@@ -117,9 +115,7 @@ class Backend:
         """
         kind = self.backend(image_type)
         disk_name = kind.names_of_path(path)[1]
-        image = kind(self.conf, self.templates, names.instance_id(instance), disk_name, path)
-        image.keys = self.keys
-        return image
+        return self._image(kind, instance, disk_name, path)
 
     def disks(self, instance: Any = None) -> Iterator[Image]:
         """Yield the disks in files that are on record under ``instances_path``, and those of the configured type in
@@ -164,6 +160,11 @@ class Backend:
             except exceptions.ImageBackendError as error:
                 evidence.failed.append((store.image_type, error))
         return self.templates.lease_book.rebuild(evidence, functools.partial(dependents.needs, self.conf))
+
+    def _image(self, kind: type[Image], instance: Any, disk_name: str, path: str | None = None) -> Image:
+        image = kind(self.conf, self.templates, names.instance_id(instance), disk_name, path)
+        image.keys = self.keys
+        return image
 
     def _is_gone(self, owner: Owner) -> bool:
         """Return whether a disk of this host, which nobody makes or changes meanwhile, is provably not there."""
