@@ -23,6 +23,7 @@ __all__ = [
     "new_file",
     "new_folder",
     "new_scratch",
+    "opened",
     "opened_new",
     "partial_path",
     "prepare_file",
@@ -229,6 +230,22 @@ def read_file(path: str, largest: int) -> bytes | None:
         return None
     except OSError as error:
         raise exceptions.storage_error(error, path) from error
+
+
+@contextlib.contextmanager
+def opened(path: str, mode: int = os.O_RDONLY) -> Iterator[int]:
+    """Give a file, open in a mode of open(2), whatever may be at its path.
+
+    :raises PermissionDenied, StorageError: it cannot be opened, or is a link.
+    """
+    try:
+        descriptor = os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise exceptions.storage_error(error, path) from error
+    try:
+        yield descriptor
+    finally:
+        close_quietly(descriptor)
 
 
 def list_folder(path: str) -> list[str]:

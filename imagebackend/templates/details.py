@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from imagebackend import exceptions
-from imagebackend.storage import qcow2
-from imagebackend.templates import fetching
+from imagebackend.storage import publish, qcow2
 from imagebackend.templates.entries import Entry
 from imagebackend.templates.leases import Lease
 from imagebackend.templates.record import Template
@@ -55,7 +54,7 @@ def _format_details(template: Template) -> dict[str, Any]:
     if template.format != "qcow2":
         return {}
     try:
-        with fetching.open_image(template.path) as image:
+        with publish.opened(template.path) as image:
             header = qcow2.read_header(image, template.path)
     except exceptions.ImageBackendError as error:
         return {"error": str(error)}

@@ -19,7 +19,7 @@ from imagebackend.templates.folder import TemplateFolder
 from imagebackend.templates.record import Happening, Template
 from imagebackend.templates.sources import Fetched, Source
 
-__all__ = ["Arrival", "FetchFunction", "Progress", "Request", "arriving", "check_size", "open_image"]
+__all__ = ["Arrival", "FetchFunction", "Progress", "Request", "arriving", "check_size"]
 
 #: Called as ``fetch_func(target=path)``; writes the image to ``path``, an empty file. The ``fetch`` method of a
 #: source is one, and what it returns saves reading the image once more; any other result is ignored.
@@ -139,7 +139,7 @@ def arriving(folder: TemplateFolder, request: Request, temporary: str) -> Iterat
         faults.point("template.fetch.start")
         fetched = request.fetch(target)
         faults.point("template.fetch.fetched")
-        image = undo.enter_context(open_image(target, os.O_RDWR))
+        image = undo.enter_context(publish.opened(target, os.O_RDWR))
         arrival = _accepted(folder, request, temporary, fetched, image, undo)
         facts.update(source=arrival.template.source, format=arrival.template.format, size=arrival.size)
         with contextlib.ExitStack() as discard:
@@ -178,22 +178,6 @@ def _told(folder: TemplateFolder, request: Request) -> Iterator[tuple[Request, d
     facts["seconds"] = time.monotonic() - began
     told = "fetched from %s: %s, %d bytes in %.1f s"
     events.tell("fetch.finished", name, told, *(facts[each] for each in _TOLD), **facts)
-
-
-@contextlib.contextmanager
-def open_image(path: str, mode: int = os.O_RDONLY) -> Iterator[int]:
-    """Give an image's file, open in a mode of open(2), whatever may be at its path.
-
-    :raises PermissionDenied, StorageError: it cannot be opened, or is a link.
-    """
-    try:
-        descriptor = os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise exceptions.storage_error(error, path) from error
-    try:
-        yield descriptor
-    finally:
-        publish.close_quietly(descriptor)
 
 
 def check_size(conf: cfg.ConfigOpts, name: str, virtual_size: int, min_disk: int, size: int | None) -> None:

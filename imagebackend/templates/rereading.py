@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 
 from imagebackend import exceptions, faults
-from imagebackend.storage import digest, direct_io
+from imagebackend.storage import digest, direct_io, publish
 from imagebackend.storage.digest import BLOCK_SIZE, BlockDigest
-from imagebackend.templates.fetching import Progress, open_image
+from imagebackend.templates.fetching import Progress
 
 __all__ = ["Checkpoint", "Pace", "Reader", "opened"]
 
@@ -175,7 +175,7 @@ def opened(path: str) -> contextlib.AbstractContextManager[int]:
 
     :raises PermissionDenied, StorageError: it cannot be opened or read, or is a link.
     """
-    return open_image(path, os.O_RDONLY | (os.O_DIRECT if direct_io.reads(path) else 0))
+    return publish.opened(path, os.O_RDONLY | (os.O_DIRECT if direct_io.reads(path) else 0))
 
 
 def _no_follow(path: str, flags: int) -> int:

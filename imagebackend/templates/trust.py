@@ -8,6 +8,7 @@ touched since is read again, and one that an older inspector accepted is inspect
 from __future__ import annotations
 
 from imagebackend import exceptions
+from imagebackend.storage import publish
 from imagebackend.templates import fetching, inspection, record, tags, verification
 from imagebackend.templates.fetching import Progress
 from imagebackend.templates.folder import TemplateFolder
@@ -83,6 +84,6 @@ def _examine(folder: TemplateFolder, name: str, progress: Progress | None) -> No
             return  # removed meanwhile
     if template.inspector == inspection.INSPECTOR_VERSION:
         return
-    with fetching.open_image(template.path) as image:
+    with publish.opened(template.path) as image:
         verdict = inspection.inspect(image, name, template.format)
     folder.rewrite(template, "inspected", inspector=inspection.INSPECTOR_VERSION, notes=verdict.notes)

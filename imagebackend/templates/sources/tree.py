@@ -80,7 +80,7 @@ class TreeSource(Source):
         """Make the disk of what is in a folder."""
         measured = tree.measure(folder, known.source)
         size = self._size or mkfs.root_size(measured)
-        with _opened(target) as descriptor:
+        with publish.opened(target, os.O_RDWR) as descriptor:
 
             def report(_: str) -> None:
                 if progress is not None:
@@ -133,18 +133,6 @@ def _scratch(target: str) -> Iterator[str]:
         yield path
         remove_scratch(target)
         discard.pop_all()
-
-
-@contextlib.contextmanager
-def _opened(target: str) -> Iterator[int]:
-    try:
-        descriptor = os.open(target, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise exceptions.storage_error(error, target) from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _path(target: str) -> str:
