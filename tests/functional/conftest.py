@@ -11,7 +11,9 @@ from pathlib import Path
 
 import libvirt
 import pytest
+from oslo_config import cfg
 
+from imagebackend.conf import load_config
 from tools import boot, guest_image, private_libvirtd
 
 
@@ -27,6 +29,15 @@ class RunningGuest:
 
 
 StartGuest = Callable[..., RunningGuest]
+
+
+@pytest.fixture
+def conf(tmp_path: Path) -> cfg.ConfigOpts:
+    """Options of a cache of the test's own, which asks a source once."""
+    conf = load_config([])
+    conf.set_override("instances_path", str(tmp_path / "instances"))
+    conf.set_override("fetch_retries", 0, group="image_cache")
+    return conf
 
 
 @pytest.fixture(scope="session")

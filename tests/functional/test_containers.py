@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from imagebackend.guest import LibvirtConfigGuestFilesys
 from imagebackend.images.base import Image
 from tests.contract.conftest import configured
 from tools import deadline
+from tools.boot import running
 
 MIB = 1 << 20
 INIT = """\
@@ -68,19 +68,6 @@ def domain_xml(*filesystems: LibvirtConfigGuestFilesys) -> str:
   </devices>
 </domain>
 """
-
-
-@contextlib.contextmanager
-def running(connection: libvirt.virConnect, xml: str) -> Iterator[libvirt.virDomain]:
-    domain = connection.defineXMLFlags(xml, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
-    try:
-        domain.create()
-        try:
-            yield domain
-        finally:
-            domain.destroy()
-    finally:
-        domain.undefine()
 
 
 def made(root: Path, folder: Path, image_type: str, size: int = 64 * MIB) -> Image:

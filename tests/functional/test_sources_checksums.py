@@ -14,7 +14,6 @@ import pytest
 from oslo_config import cfg
 
 from imagebackend import exceptions
-from imagebackend.conf import load_config
 from imagebackend.templates.sources import Fetched, open_source
 from imagebackend.templates.sources.http import HttpSource
 from tests.functional import web
@@ -31,13 +30,6 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-
-
-@pytest.fixture
-def conf() -> cfg.ConfigOpts:
-    conf = load_config([])
-    conf.set_override("fetch_retries", 0, group="image_cache")
-    return conf
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import pytest
 from oslo_config import cfg
 
 from imagebackend import exceptions
-from imagebackend.conf import load_config
 from imagebackend.templates.cache import TemplateCache
 from imagebackend.templates.sources import open_source
 from tests.functional import web
@@ -28,14 +27,6 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "netrc", "ssl_cert_file"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-
-
-@pytest.fixture
-def conf(tmp_path: Path) -> cfg.ConfigOpts:
-    conf = load_config([])
-    conf.set_override("instances_path", str(tmp_path / "instances"))
-    conf.set_override("fetch_retries", 0, group="image_cache")
-    return conf
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ import pytest
 from oslo_config import cfg
 
 from imagebackend import exceptions
-from imagebackend.conf import load_config
 from imagebackend.templates.cache import TemplateCache
 from imagebackend.templates.sources import open_source
 from tests.functional import web
@@ -48,14 +47,6 @@ def surroundings(cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(cloud.clouds))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def conf(tmp_path: Path) -> cfg.ConfigOpts:
-    conf = load_config([])
-    conf.set_override("instances_path", str(tmp_path / "instances"))
-    conf.set_override("fetch_retries", 0, group="image_cache")
-    return conf
 
 
 @pytest.fixture(scope="session")
