@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,21 +92,24 @@ def btrfs_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def ext4_folder(ext4_mount: Path) -> Path:
+def ext4_folder(ext4_mount: Path) -> Iterator[Path]:
     """An empty folder on ext4: holes and O_DIRECT, no reflink."""
-    return _new_folder(ext4_mount)
+    with _new_folder(ext4_mount) as folder:
+        yield folder
 
 
 @pytest.fixture
-def xfs_folder(xfs_mount: Path) -> Path:
+def xfs_folder(xfs_mount: Path) -> Iterator[Path]:
     """An empty folder on XFS with reflink."""
-    return _new_folder(xfs_mount)
+    with _new_folder(xfs_mount) as folder:
+        yield folder
 
 
 @pytest.fixture
-def btrfs_folder(btrfs_mount: Path) -> Path:
+def btrfs_folder(btrfs_mount: Path) -> Iterator[Path]:
     """An empty folder on btrfs."""
-    return _new_folder(btrfs_mount)
+    with _new_folder(btrfs_mount) as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -126,10 +130,16 @@ def read_only(folder: Path) -> Iterator[None]:
         _unmount(folder)
 
 
-def _new_folder(mount_point: Path) -> Path:
+@contextlib.contextmanager
+def _new_folder(mount_point: Path) -> Iterator[Path]:
     folder = mount_point / f"test{next(_count)}"
     folder.mkdir()
-    return folder
+    try:
+        yield folder
+    finally:
+        # Hundreds of tests share this small file system, and what they leave together would fill it.
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def _unmount(mount_point: Path) -> None:
