@@ -114,8 +114,8 @@ class RbdDisk:
         if image_id is None or intent:
             return None
         text = self.pool.metadata(image_id, rbd_image.RECORD)
-        # An image that has a record is whole. One that has none may have been begun, or replaced, a moment ago; in this
-        # order: whoever makes the image drops the intent when it is whole.
+        # An image that has a record is whole. One that has none may just have been begun, or replaced; in this order:
+        # whoever makes the image drops the intent when it is whole.
         if text is None and (self.pool.image_id(self.name) != image_id or self._intent()):
             return None
         return rbd_image.parse_record(self.spec, text)
