@@ -379,7 +379,7 @@ class TemplateCache:
         """
         record.check_reference(name)
         with self._folder.lock(name):
-            there = removal.remove(self._folder, name)
+            there = removal.remove(self._folder, name, removal.list_names(self._folder))
         if not there:
             raise exceptions.TemplateNotFound(name)
         LOG.info("template %s removed", name)

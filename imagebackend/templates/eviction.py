@@ -85,6 +85,7 @@ def evict(folder: TemplateFolder, stores: Sequence[NativeTemplates], policy: Pol
     not keep the others.
     """
     by_type = {store.image_type: store for store in stores}
+    known = removal.list_names(folder)
     for decision in report.decisions:
         candidate = decision.candidate
         if not decision.remove:
@@ -93,7 +94,7 @@ def evict(folder: TemplateFolder, stores: Sequence[NativeTemplates], policy: Pol
         try:
             if candidate.store:
                 by_type[candidate.store].remove(candidate.name)
-            elif not _remove(folder, candidate, policy):
+            elif not _remove(folder, candidate, policy, known):
                 continue
         except (exceptions.Busy, exceptions.TemplateNotFound) as error:
             LOG.info("template %s stays, since it is used again: %s", what, error)
@@ -130,7 +131,7 @@ def sweep_all(
             LOG.warning("what killed processes left in the %s store stays: %s", store.image_type, error)
 
 
-def _remove(folder: TemplateFolder, candidate: Candidate, policy: Policy) -> bool:
+def _remove(folder: TemplateFolder, candidate: Candidate, policy: Policy, known: removal.Names) -> bool:
     """Remove a template, unless it was used since it was decided on; return whether it was removed."""
     with folder.lock(candidate.name, timeout=0):
         entry = entries.entry_of(folder, candidate.name, ())
@@ -143,7 +144,7 @@ def _remove(folder: TemplateFolder, candidate: Candidate, policy: Policy) -> boo
         if reason:
             LOG.info("template %s stays: %s", candidate.name, reason)
             return False
-        return removal.remove(folder, candidate.name)
+        return removal.remove(folder, candidate.name, known)
 
 
 def _candidate(entry: Entry, busy: frozenset[str]) -> Candidate:

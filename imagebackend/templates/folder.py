@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from oslo_config import cfg
@@ -216,27 +216,37 @@ class TemplateFolder:
         entries = publish.list_folder(f"{self.path}/.records")
         return sorted(name.removesuffix(".json") for name in entries if not name.startswith("."))
 
-    def generations(self, name: str, listed: Sequence[str] | None = None) -> Sequence[str]:
-        """Return the names of the templates that had a name before, sorted.
+    def former(self) -> Mapping[str, Sequence[str]]:
+        """Return, by the name that they had before, the names of all templates that another has taken it of, sorted.
 
-        :param listed: the names of the records to look among; None: all.
         :raises PermissionDenied, StorageError: the folder cannot be read.
         """
-        prefix = f"{record.base_name(name)}@"
-        return [each for each in (self.names() if listed is None else listed) if each.startswith(prefix)]
+        found: dict[str, list[str]] = {}
+        for name in self.names():
+            if "@" in name:
+                found.setdefault(record.base_name(name), []).append(name)
+        return found
 
-    def leftovers(self, name: str, listed: Sequence[str] | None = None) -> Sequence[str]:
+    def generations(self, name: str) -> Sequence[str]:
+        """Return the names of the templates that had a name before, sorted.
+
+        :raises PermissionDenied, StorageError: the folder cannot be read.
+        """
+        return self.former().get(record.base_name(name), ())
+
+    def leftovers(self, name: str, known: Sequence[str] | None = None) -> Sequence[str]:
         """Return the names whose records say what had a name before, though its file is that of the template of today.
 
         A process that was killed while it replaced one by the other leaves such a record.
 
-        :param listed: the names of the records to look among; None: all.
+        :param known: the names of the templates that had the name before; None: they are listed.
         :raises PermissionDenied, StorageError: the folder cannot be read.
         """
         base, found = record.base_name(name), []
+        known = self.generations(base) if known is None else known
         with contextlib.suppress(exceptions.CorruptRecord):
             current = self.read(base, check_file=False)
-            for each in self.generations(base, listed) if current is not None else ():
+            for each in known if current is not None else ():
                 with contextlib.suppress(exceptions.CorruptRecord):
                     former = self.read(each, check_file=False)
                     if former is not None and current is not None and former.file == current.file:

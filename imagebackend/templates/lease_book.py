@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 
 from imagebackend import exceptions, faults, locks
@@ -118,16 +118,18 @@ class LeaseBook:
     def _of_natives(self, evidence: Evidence) -> Set[Lease]:
         """Return the leases of disks that depend on templates in other stores, which were made from those here."""
         found = set()
+        former = self._folder.former() if evidence.natives else {}
         for native in evidence.natives:
-            file = self._file_of(native.name, native.sha256) if native.users else None
+            names = (native.name, *former.get(native.name, ()))
+            file = self._file_of(names, native.sha256) if native.users else None
             for owner in native.users if file is not None else ():
                 if owner.instance:  # otherwise it is no disk of ours
                     host = owner.host or self._folder.conf.host
                     found.add(Lease(file or "", dataclasses.replace(owner, host=host)))
         return found
 
-    def _file_of(self, name: str, sha256: str) -> str | None:
-        for each in (name, *self._folder.generations(name)):
+    def _file_of(self, names: Iterable[str], sha256: str) -> str | None:
+        for each in names:
             with contextlib.suppress(exceptions.CorruptRecord):
                 template = self._folder.read(each, check_file=False)
                 if template is not None and template.sha256 == sha256:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from imagebackend import exceptions, faults
 from imagebackend.storage import publish
@@ -14,9 +15,29 @@ from imagebackend.templates import download, leases, record, tags
 from imagebackend.templates.folder import TemplateFolder
 from imagebackend.templates.leases import Lease
 
-__all__ = ["remove", "users"]
+__all__ = ["Names", "list_names", "remove", "users"]
 
 LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names that go with a template: listed once, however many are removed.
+
+    :ivar former: the names of the templates that another has taken the name of, by that name.
+    :ivar tags: the tags of each template.
+    """
+
+    former: Mapping[str, Sequence[str]]
+    tags: Mapping[str, Sequence[str]]
+
+
+def list_names(folder: TemplateFolder) -> Names:
+    """Return the names that go with templates.
+
+    :raises PermissionDenied, StorageError: they cannot be read.
+    """
+    return Names(folder.former(), tags.by_template(folder.tags))
 
 
 def users(folder: TemplateFolder, name: str) -> list[Lease]:
@@ -28,15 +49,16 @@ def users(folder: TemplateFolder, name: str) -> list[Lease]:
     return sorted(found, key=lambda lease: lease.owner.link)
 
 
-def remove(folder: TemplateFolder, name: str) -> bool:
+def remove(folder: TemplateFolder, name: str, known: Names) -> bool:
     """Remove a template, and what killed processes left of it, under its exclusive lock; return whether it was there.
 
+    :param known: a tag that was made since it was listed is swept up once the template is gone.
     :raises TemplateInUse: disks hold leases on it.
     :raises NewerRecord: a newer release wrote its record.
     :raises PermissionDenied, StorageError: it is still there, or without its record.
     """
     _refuse_newer(folder, name)
-    leftovers = folder.leftovers(name)
+    leftovers = folder.leftovers(name, known.former.get(record.base_name(name), ()))
     if name in leftovers:
         return folder.forget(name)
     found = [f"{lease.owner.host}:{lease.owner.path}" for lease in users(folder, name)]
@@ -58,8 +80,9 @@ def remove(folder: TemplateFolder, name: str) -> bool:
     for file in files:
         with contextlib.suppress(OSError):
             os.rmdir(folder.leases(file))
-    for tag, tagged in tags.read_all(folder.tags).items():
-        if tagged == name:
+    for tag in known.tags.get(name, ()):
+        # It may have been moved to another since.
+        if tags.read(folder.tags, tag) == name:
             tags.remove(folder.tags, tag)
     return there
 

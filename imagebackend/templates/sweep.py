@@ -150,11 +150,7 @@ def _records(folder: TemplateFolder) -> Iterator[_Leftover]:
             of = found[1].removesuffix(".json")
             remove = functools.partial(_remove_prepared, folder, of)
             yield _Leftover(f"{folder.path}/.records/{name}", folder.lock_file("template", of), remove)
-    former: dict[str, list[str]] = {}
-    for name in folder.names():
-        if "@" in name:
-            former.setdefault(record.base_name(name), []).append(name)
-    for base, names in former.items():
+    for base, names in folder.former().items():
         for name in folder.leftovers(base, names):
             remove = functools.partial(_forget_leftover, folder, name)
             yield _Leftover(folder.record(name), folder.lock_file("template", name), remove)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,11 +14,15 @@ import pytest
 
 from imagebackend import Backend
 from imagebackend.templates.leases import Owner
+from imagebackend.templates.sources import open_source
 from tests import counting
 from tests.contract.conftest import Store, configured
 
 SMALL, LARGE = 1_000, 10_000
 DISKS = 10
+
+#: How many templates are pruned: each costs syncs, too.
+FEW, MANY = 50, 500
 
 SETUP = """
 from imagebackend import Backend, load_config
@@ -56,18 +61,42 @@ def fill(folder: Path, templates: int) -> None:
     backend.templates.remove("template")
 
 
+def fill_with_unused(folder: Path, templates: int) -> None:
+    """Have so many templates that no disk depends on, each with a tag, and with one that had its name before."""
+    backend = Backend(configured(folder, "qcow2"))
+    for image in (b"former", b"x"):
+        source = folder.parent / "image"
+        source.write_bytes(image * 4096)
+        backend.templates.pull("template", open_source(str(source), backend.conf), "always")
+    base, records = folder / "_base", folder / "_base" / ".records"
+    contents = {path.name: path.read_text() for path in records.iterdir()}
+    assert len(contents) == 2
+    for number in range(templates):
+        for name, content in contents.items():
+            own = content.replace('"template', f'"template{number}')
+            (records / name.replace("template", f"template{number}")).write_text(own)
+            file = json.loads(content)["file"]
+            os.link(base / file, base / file.replace("template", f"template{number}"))
+        backend.templates.catalogue.tag(f"template{number}", f"tag{number}")
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Path]]:
-    # In memory, where making so many files takes seconds.
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in memory, where making so many files takes seconds."""
     mounted = tmp_path_factory.mktemp("large")
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", mounted], check=True)
     try:
-        made = {size: mounted / str(size) for size in (SMALL, LARGE)}
-        for size, folder in made.items():
-            fill(folder, size)
-        yield made
+        yield mounted
     finally:
         subprocess.run(["umount", mounted], check=True)
+
+
+@pytest.fixture(scope="module")
+def folders(memory: Path) -> dict[int, Path]:
+    made = {size: memory / str(size) for size in (SMALL, LARGE)}
+    for size, folder in made.items():
+        fill(folder, size)
+    return made
 
 
 @pytest.mark.parametrize("work", WORK)
@@ -132,3 +161,42 @@ def test_a_rebuild_of_leases_costs_the_same_for_each_disk(tmp_path: Path) -> Non
     for counts in (made, dropped):
         assert {(each.processes, each.execs) for each in counts.values()} == {(0, 0)}
         assert counts[many].total <= 1.05 * (many / few) * counts[few].total
+
+
+def refuse_quadratic(counts: dict[int, counting.Counts]) -> None:
+    assert {(each.processes, each.execs) for each in counts.values()} == {(0, 0)}
+    # What is listed again for each of them shows there first.
+    assert counts[MANY].by_name["getdents64"] <= 1.05 * (MANY / FEW) * counts[FEW].by_name["getdents64"]
+    assert counts[MANY].total <= 1.05 * (MANY / FEW) * counts[FEW].total
+
+
+def test_pruning_costs_the_same_for_each_template_that_goes(memory: Path) -> None:
+    counts = {}
+    for templates in (FEW, MANY):
+        folder = memory / f"unused{templates}"
+        fill_with_unused(folder, templates)
+        setup = SETUP.format(folder=folder, work="return templates.prune(templates.policy(minimum_age=0))")
+        counts[templates] = counting.count("act()", setup=setup)
+        assert [(folder / "_base" / each).exists() for each in ("template0", "template")] == [False, False]
+        assert list((folder / "_base" / ".records").iterdir()) == list((folder / "_base" / ".tags").iterdir()) == []
+    refuse_quadratic(counts)
+
+
+def test_a_rebuild_costs_the_same_for_each_template_that_is_in_a_store(memory: Path) -> None:
+    counts = {}
+    for templates in (FEW, MANY):
+        folder = memory / f"stored{templates}"
+        fill_with_unused(folder, templates)
+        setup = SETUP.format(folder=folder, work="return templates.lease_book.rebuild(evidence, lambda owner: None)")
+        setup += """
+from imagebackend.templates.lease_book import Evidence
+from imagebackend.templates.native import NativeTemplate
+def native(template):
+    owner = Owner(f"vm-{template.name}", "disk", "", f"rbd:pool/{template.name}")
+    return NativeTemplate(template.name, template.sha256, 1, 1, template.fetched, (owner,))
+evidence = Evidence(natives=[native(each) for each in templates.list()])
+"""
+        counts[templates] = counting.count("act()", setup=setup)
+        leases = Backend(configured(folder, "qcow2")).templates.lease_book.leases()
+        assert len({each.template for each in leases}) == templates + 1
+    refuse_quadratic(counts)
