@@ -24,10 +24,11 @@ Progress = Callable[[int, int], None]
 # The default size of an object: a piece goes to one object, and so to one OSD.
 _PIECE = 4 << 20
 _DEPTH = 16
+_ZEROS = bytes(_PIECE)
 
 
 def write_from(source: int, image: Any, *, progress: Progress | None = None) -> None:
-    """Copy a file into an image that reads as zeros, and flush it.
+    """Copy a file into an image that reads as zeros, and flush it; pieces that are zeros are left out as holes are.
 
     :param source: descriptor of a regular file no longer than the image; nobody writes to it meanwhile.
     :param progress: called with the bytes done and in all; holes count.
@@ -47,6 +48,8 @@ def write_from(source: int, image: Any, *, progress: Progress | None = None) -> 
                 data = os.pread(source, length, start)
             if len(data) != length:
                 raise exceptions.StorageError(f"descriptor {source}", "became shorter while it was read")
+            if data == _ZEROS[:length]:
+                continue
             pieces.append(image.aio_write(data, start, _ignore))
             ends.append(start + length)
             if len(pieces) == _DEPTH:

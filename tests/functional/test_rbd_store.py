@@ -363,6 +363,15 @@ def test_usage_counts_a_disks_own_data(backend: Backend, template: Contents) -> 
     assert 8 * MIB <= after.used <= 24 * MIB
 
 
+def test_zeros_of_a_template_take_no_storage(backend: Backend, tmp_path: Path) -> None:
+    content = b"boot" + bytes(24 * MIB) + b"end"
+    disk = backend.image("guest", "disk")
+    disk.cache(lambda target: Path(target).write_bytes(content), "debian", 64 * MIB)
+
+    assert [template.used for template in store(backend).list()] == [8 * MIB]
+    assert read(disk, tmp_path / "copy")[: len(content)] == content
+
+
 def test_the_sweep_removes_what_killed_processes_left(
     backend: Backend, ceph: Cluster, rbd_pool: str, template: Contents
 ) -> None:
