@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from imagebackend import exceptions
 from imagebackend.storage import publish
-from imagebackend.templates.sources import Source, part, tree
+from imagebackend.templates.sources import Source, part, scratch
 
 __all__ = ["is_resumable", "opened", "remove"]
 
@@ -49,7 +49,7 @@ def remove(path: str) -> bool:
 
     :raises PermissionDenied, StorageError: it is still there.
     """
-    tree.remove_scratch(path)
+    scratch.remove(path)
     there = publish.remove_file(part.path_for(path))
     return publish.remove_file(path) or there
 

@@ -74,7 +74,7 @@ def _describes_source(command: Callable[..., Any]) -> Callable[..., Any]:
             type=parse_format,
             shell_complete=complete_format,
             metavar="FORMAT",
-            help="Refuse an image that is not in this format.",
+            help="Refuse an image in another format. A disk of ploop may be a folder, or a tar archive of one.",
         ),
         click.option(
             "--checksum",
@@ -84,7 +84,7 @@ def _describes_source(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--tree",
             is_flag=True,
-            help="It is a root file system, a folder or a tar archive: make a disk of it, with ext4.",
+            help="It is a root file system, a folder or a tar archive: make a disk of it.",
         ),
         click.option(
             "--tree-size",

@@ -145,7 +145,9 @@ def open_source(
     :param checksum: what the image must hash to, as it is published, as ``algorithm:hex``, where algorithm is sha256,
         sha384, sha512, or, against accidents only, sha1 or md5; or the URL of a publisher's checksum file
         (``SHA256SUMS``), or its path, with a ``/`` in it, where the image's file name is looked up.
-    :param disk_format: the format that the image is claimed to have, by its name in qemu-img.
+    :param disk_format: the format that the image is claimed to have, by its name in qemu-img. For ``ploop``, a file
+        may also be a folder with a descriptor and images, which nobody changes meanwhile, or a tar archive of one,
+        which takes root.
     :raises InvalidArgument: the URL or the checksum cannot be used, or nothing knows the scheme.
     :raises InvalidConfiguration: the package that adds the scheme is broken.
     :raises Unsupported: a package that the scheme needs is not installed.
@@ -153,6 +155,10 @@ def open_source(
     match = _SCHEME.match(url)
     scheme = match[1].lower() if match else "file"
     # Imported late: urllib3 and ssl take longer to load than everything else together.
+    if scheme == "file" and disk_format in ("ploop", "parallels"):
+        from imagebackend.templates.sources.ploop_disk import PloopSource
+
+        return PloopSource(url, conf, checksum=checksum, disk_format=disk_format)
     if scheme == "file":
         from imagebackend.templates.sources.file import FileSource
 
@@ -180,7 +186,7 @@ def open_tree(
     label: str | None = None,
     checksum: str | None = None,
 ) -> Source:
-    """Return the source for a root file system, whose image is a raw disk with ext4 on it, without touching it yet.
+    """Return the source for a root file system, whose image is a raw disk, without touching it yet.
 
     It is made without mounting anything. Owners, modes, times, links and capabilities are kept; devices, FIFOs and
     sockets are refused, and so are names in an archive that lead out of it. That takes root.
@@ -191,7 +197,8 @@ def open_tree(
     :param size: of the disk, in bytes; None: what the files take, and some room.
     :param label: of the file system.
     :param checksum: what the archive must hash to, as in :func:`open_source`.
-    :raises InvalidArgument: the URL or the checksum cannot be used. InvalidSize: no disk can have that size.
+    :raises InvalidArgument: the URL or the checksum cannot be used, or there is no such file system. InvalidSize: no
+        disk can have that size.
     """
     from imagebackend.templates.sources.tree import TreeSource
 

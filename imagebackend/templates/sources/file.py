@@ -86,6 +86,9 @@ class FileSource(Source):
             raise exceptions.FetchFailed(self._source, error.strerror or str(error)) from error
         try:
             found = os.fstat(descriptor)
+            if stat.S_ISDIR(found.st_mode):
+                reason = "not a regular file, but a folder; say that it is ploop, or a tree, to have a disk made of it"
+                raise exceptions.FetchFailed(self._source, reason)
             if not stat.S_ISREG(found.st_mode):
                 raise exceptions.FetchFailed(self._source, "not a regular file")
             yield descriptor, found

@@ -3,24 +3,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import os
 import pathlib
-import shutil
 import stat
-from collections.abc import Iterator
 
 from oslo_config import cfg
 
 from imagebackend import exceptions, faults
 from imagebackend.names import check_size
 from imagebackend.storage import digest, mkfs, publish, tree
-from imagebackend.templates.sources import Fetched, Metadata, Progress, Source, is_same, open_source
+from imagebackend.templates.sources import Fetched, Metadata, Progress, Source, is_same, open_source, scratch
 from imagebackend.templates.sources.document import path_of
 
-__all__ = ["TreeSource", "remove_scratch"]
+__all__ = ["TreeSource"]
 
 LOG = logging.getLogger(__name__)
 
@@ -53,28 +49,24 @@ class TreeSource(Source):
             if self._checksum is not None:
                 raise exceptions.InvalidArgument(f"checksum of {self._folder}: a folder has none; give an archive")
             return self._make(target, self._folder, Metadata(_shown(self._folder)), progress)
-        with _scratch(target) as scratch:
-            fetched = self._unpack(scratch, progress)
+        with scratch.scratch_folder(target) as folder:
+            fetched, root = self._unpack(folder, progress)
             known = Metadata(fetched.source, etag=fetched.etag, last_modified=fetched.last_modified)
-            return self._make(target, f"{scratch}/root", known, progress)
+            return self._make(target, root, known, progress)
 
     def unchanged_since(self, *, sha256: str = "", etag: str | None = None, last_modified: str | None = None) -> bool:
         # The digest is of the disk, and not of the archive.
         return is_same(self.metadata(), sha256="", etag=etag, last_modified=last_modified)
 
-    def _unpack(self, scratch: str, progress: Progress | None) -> Fetched:
-        """Fetch the archive into a folder, and leave there what is in it, as ``root``."""
-        path, root = f"{scratch}/archive", f"{scratch}/root"
+    def _unpack(self, folder: str, progress: Progress | None) -> tuple[Fetched, str]:
+        """Fetch the archive into a folder, and unpack it there; return where, too."""
+        path = f"{folder}/archive"
         with publish.new_scratch(path) as descriptor:
             fetched = self._archive.fetch(path, progress)
             faults.point("template.tree.fetched")
-            try:
-                os.mkdir(root, 0o755)
-            except OSError as error:
-                raise exceptions.storage_error(error, root) from error
-            tree.extract(descriptor, root, fetched.source, progress=progress)
+            root = scratch.unpack(descriptor, folder, fetched.source, progress)
         faults.point("template.tree.unpacked")
-        return fetched
+        return fetched, root
 
     def _make(self, target: str, folder: str, known: Metadata, progress: Progress | None) -> Fetched:
         """Make the disk of what is in a folder."""
@@ -104,39 +96,6 @@ class TreeSource(Source):
         except OSError as error:
             raise exceptions.FetchFailed(_shown(self._folder), error.strerror or str(error)) from error
         return found if stat.S_ISDIR(found.st_mode) else None
-
-
-def remove_scratch(target: str) -> None:
-    """Remove what a killed process unpacked beside a file to be fetched.
-
-    :raises PermissionDenied, StorageError: it is still there.
-    """
-    path = _path(target)
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        if error.errno != errno.ENOENT or os.path.lexists(path):
-            raise exceptions.storage_error(error, path) from error
-
-
-@contextlib.contextmanager
-def _scratch(target: str) -> Iterator[str]:
-    """Give an empty folder beside a file to be fetched, which only its owner enters, and which is gone at the end."""
-    remove_scratch(target)
-    path = _path(target)
-    try:
-        os.mkdir(path, 0o700)
-    except OSError as error:
-        raise exceptions.storage_error(error, path) from error
-    with contextlib.ExitStack() as discard:
-        discard.callback(shutil.rmtree, path, ignore_errors=True)
-        yield path
-        remove_scratch(target)
-        discard.pop_all()
-
-
-def _path(target: str) -> str:
-    return f"{target}.tree"
 
 
 def _shown(path: str | None) -> str:
