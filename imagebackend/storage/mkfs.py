@@ -8,17 +8,20 @@ different content never share a template.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from imagebackend import exceptions, names, process
+from imagebackend.storage import xfs_prototype
 from imagebackend.storage.tree import Measured
 
 __all__ = [
     "FILESYSTEMS",
+    "ROOT_FILESYSTEMS",
     "Filesystem",
     "ephemeral_template_name",
     "filesystem_for",
@@ -33,6 +36,8 @@ _KI, _MI = 1 << 10, 1 << 20
 # What mke2fs gives ext4 by default: one inode of 256 bytes for each 16 KiB.
 _BYTES_PER_INODE = 16 << 10
 _INODE = 256
+# Of mkfs.xfs: its log has at least 64 MiB, and up to 4 TiB there are four allocation groups.
+_XFS_INODE, _XFS_LOG, _XFS_GROUPS = 512, 64 * _MI, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,9 @@ _SWAP = _Tool(("mkswap",), "-L", 15, 40 * _KI, "util-linux")
 
 #: The file systems that can be made without an operator's own command.
 FILESYSTEMS = tuple(_TOOLS)
+
+#: Those that can be filled with a tree without being mounted.
+ROOT_FILESYSTEMS = ("ext4", "xfs")
 
 _BY_OS_TYPE = {"linux": "ext4", "windows": "ntfs"}
 _FOR_OTHERS = "vfat"
@@ -164,10 +172,10 @@ def make_swap(target: str, *, label: str | None = None, timeout: float) -> None:
     _make(_SWAP, "swap", target, label, timeout)
 
 
-def root_size(tree: Measured) -> int:
+def root_size(tree: Measured, filesystem: str = "ext4") -> int:
     """Return a size, in bytes, for a disk whose file system holds a tree and has some room left."""
-    needed = _required(tree)
-    return -(-(needed + needed // 4 + 32 * _MI) // _MI) * _MI
+    needed = _required(tree, filesystem)
+    return max(-(-(needed + needed // 4 + 32 * _MI) // _MI) * _MI, _TOOLS[filesystem].smallest)
 
 
 def make_root(
@@ -175,38 +183,85 @@ def make_root(
     folder: str,
     tree: Measured,
     *,
+    filesystem: str = "ext4",
+    name: str,
     label: str | None = None,
     timeout: float,
     on_output: Callable[[str], None] | None = None,
 ) -> None:
-    """Format a file with ext4, and put what is in a folder into it. Nothing is mounted.
+    """Format a file, and put what is in a folder into it. Nothing is mounted.
 
     :param target: it has its final size.
     :param folder: nobody changes it meanwhile. Links in it are copied, never followed.
     :param tree: what the folder takes.
+    :param filesystem: one of :data:`ROOT_FILESYSTEMS`.
+    :param name: what to call the tree in errors.
     :param label, timeout: as in :func:`make_filesystem`.
     :param on_output: called at least every half second; an exception raised there ends it, and propagates.
     :raises DiskTooSmall: the tree does not fit.
+    :raises Unsupported: there is something in it that XFS cannot be made with.
     :raises: as :func:`make_filesystem`.
     """
-    size, required = _size(target), _required(tree)
+    size, required = _size(target), _required(tree, filesystem)
     too_small = exceptions.DiskTooSmall(target, size, required, "what the tree takes, and its file system beside it")
     if size < required:
         raise too_small
-    # As for the disk of a guest, however small it is: it may grow. More inodes if the files are many and small.
-    options = ["-T", "default", "-b", "4096", "-E", "root_owner=0:0,nodiscard", "-d", os.path.abspath(folder)]
-    if tree.files > size // _BYTES_PER_INODE // 2:
-        options += ["-N", str(2 * tree.files)]
-    tool = replace(_TOOLS["ext4"], command=(*_TOOLS["ext4"].command, *options))
     try:
-        _make(tool, "ext4", target, label, timeout, on_output)
+        if filesystem == "xfs":
+            if not _make_xfs_root(target, folder, name, label, timeout, on_output):
+                raise too_small
+            return
+        # As for the disk of a guest, however small it is: it may grow. More inodes if the files are many and small.
+        options = ["-T", "default", "-b", "4096", "-E", "root_owner=0:0,nodiscard", "-d", os.path.abspath(folder)]
+        if tree.files > size // _BYTES_PER_INODE // 2:
+            options += ["-N", str(2 * tree.files)]
+        _make(_with("ext4", options), "ext4", target, label, timeout, on_output)
     except exceptions.ToolFailed as error:
-        if "Could not allocate" in error.stderr:
+        if _is_full_inside(error):
             raise too_small from error
         raise
 
 
-def _required(tree: Measured) -> int:
+def _make_xfs_root(
+    target: str, folder: str, name: str, label: str | None, timeout: float, on_output: Callable[[str], None] | None
+) -> bool:
+    """Do what :func:`make_root` does, with XFS; return whether all of the tree has found room."""
+    with contextlib.ExitStack() as stack:
+        tree = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, tree)
+        # The folder's own path may have white space in it.
+        prototype = xfs_prototype.read(folder, f"/proc/self/fd/{tree}", name)
+        described = stack.enter_context(_in_memory(prototype.content))
+        tool = _with("xfs", ["-p", f"/proc/self/fd/{described}"])
+        _make(tool, "xfs", target, label, timeout, on_output, pass_fds=(tree, described))
+    for script in prototype.scripts:
+        # Of its standard input, it drops what is not ASCII.
+        with _in_memory(script.content) as commands:
+            command = ["xfs_db", "-x", "-f", "-c", f"source /proc/self/fd/{commands}", os.path.abspath(target)]
+            said = _run(command, target, tool.package, timeout, on_output, pass_fds=(commands,)).stdout
+        if not script.is_whole(said):
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Iterator[int]:
+    """Give a file with a content, open for reading."""
+    with os.fdopen(os.memfd_create("imagebackend"), "w+b") as file:
+        file.write(content)
+        file.flush()
+        yield file.fileno()
+
+
+def _with(filesystem: str, options: Sequence[str]) -> _Tool:
+    tool = _TOOLS[filesystem]
+    return replace(tool, command=(*tool.command, *options))
+
+
+def _required(tree: Measured, filesystem: str) -> int:
+    if filesystem == "xfs":
+        # mkfs.xfs wants room for each file in one piece, within one of four groups.
+        return tree.full_size + tree.files * _XFS_INODE + _XFS_LOG + _XFS_GROUPS * tree.largest
     return tree.size + tree.files * _INODE
 
 
@@ -217,6 +272,7 @@ def _make(
     label: str | None,
     timeout: float,
     on_output: Callable[[str], None] | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> None:
     command = list(tool.command)
     if label is not None:
@@ -227,7 +283,7 @@ def _make(
     size = _size(target)
     if size < tool.smallest:
         raise exceptions.DiskTooSmall(target, size, tool.smallest, f"this is the least for {name}")
-    _run([*command, os.path.abspath(target)], target, tool.package, timeout, on_output)
+    _run([*command, os.path.abspath(target)], target, tool.package, timeout, on_output, pass_fds)
 
 
 def _run(
@@ -236,13 +292,19 @@ def _run(
     package: str,
     timeout: float,
     on_output: Callable[[str], None] | None = None,
-) -> None:
+    pass_fds: Sequence[int] = (),
+) -> process.Result:
     try:
-        process.run(command, timeout=timeout, package=package, on_output=on_output)
+        return process.run(command, timeout=timeout, package=package, on_output=on_output, pass_fds=pass_fds)
     except exceptions.ToolFailed as error:
-        if "No space left on device" in error.stderr:
+        if "No space left on device" in error.stderr and not _is_full_inside(error):
             raise exceptions.InsufficientSpace(target) from error
         raise
+
+
+def _is_full_inside(error: exceptions.ToolFailed) -> bool:
+    """Return whether there is room on the host, and none in the file system that is being filled."""
+    return any(words in error.stderr for words in ("Could not allocate", "cannot reserve space"))
 
 
 def _size(target: str) -> int:

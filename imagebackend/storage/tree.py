@@ -35,10 +35,14 @@ class Measured:
 
     :ivar files: how many files, links and folders are in it, itself included.
     :ivar size: of their data, in bytes, each rounded up to whole blocks of 4 KiB.
+    :ivar full_size: the same, if all holes were filled.
+    :ivar largest: what the largest file has of that.
     """
 
     files: int
     size: int
+    full_size: int
+    largest: int
 
 
 def measure(folder: str, name: str) -> Measured:
@@ -49,7 +53,7 @@ def measure(folder: str, name: str) -> Measured:
     :raises StorageError: it cannot be read.
     """
     seen: set[int] = set()
-    size = 0
+    size = full_size = largest = 0
 
     def refused(path: str, what: str) -> exceptions.ImageUnacceptable:
         return exceptions.ImageUnacceptable(name, f"{os.path.relpath(path, folder)!r:.300} is {what}")
@@ -58,6 +62,7 @@ def measure(folder: str, name: str) -> Measured:
         device = os.lstat(folder).st_dev
         for path, folders, files, descriptor in os.fwalk(folder, follow_symlinks=False, onerror=_fail):
             size += _BLOCK
+            full_size += _BLOCK
             for entry in (*folders, *files):
                 found = os.stat(entry, dir_fd=descriptor, follow_symlinks=False)
                 if found.st_dev != device:
@@ -66,11 +71,14 @@ def measure(folder: str, name: str) -> Measured:
                     raise refused(f"{path}/{entry}", what)
                 if found.st_ino not in seen:
                     seen.add(found.st_ino)
-                    data = min(found.st_size, found.st_blocks * 512) if stat.S_ISREG(found.st_mode) else 0
-                    size += -(-data // _BLOCK) * _BLOCK
+                    length = found.st_size if stat.S_ISREG(found.st_mode) else 0
+                    size += -(-min(length, found.st_blocks * 512) // _BLOCK) * _BLOCK
+                    full = -(-length // _BLOCK) * _BLOCK
+                    full_size += full
+                    largest = max(largest, full)
     except OSError as error:
         raise exceptions.storage_error(error, folder) from error
-    return Measured(len(seen) + 1, size)
+    return Measured(len(seen) + 1, size, full_size, largest)
 
 
 def extract(archive: int, folder: str, name: str, *, progress: Progress | None = None) -> None:

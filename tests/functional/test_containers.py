@@ -19,6 +19,7 @@ from imagebackend import exceptions
 from imagebackend.guest import LibvirtConfigGuestFilesys
 from imagebackend.images.base import Image
 from tests.contract.conftest import configured
+from tests.functional.test_trees import mounted
 from tools import deadline
 from tools.boot import running
 
@@ -70,11 +71,12 @@ def domain_xml(*filesystems: LibvirtConfigGuestFilesys) -> str:
 """
 
 
-def made(root: Path, folder: Path, image_type: str, size: int = 64 * MIB) -> Image:
+def made(root: Path, folder: Path, image_type: str, size: int = 64 * MIB, filesystem: str = "ext4") -> Image:
     """Return a disk made from the root file system."""
     backend = imagebackend.Backend(configured(folder / "instances", image_type))
     image = backend.image("container", "root")
-    image.cache(imagebackend.open_tree(str(root), backend.conf, size=size).fetch, "template", size)
+    source = imagebackend.open_tree(str(root), backend.conf, size=size, filesystem=filesystem)
+    image.cache(source.fetch, "template", size)
     return image
 
 
@@ -97,6 +99,17 @@ def test_a_container_starts_from_a_raw_disk(libvirt_lxc: libvirt.virConnect, roo
     assert said(image.path) == "ext4\nmade by the library"
     subprocess.run(["e2fsck", "-fp", image.path], check=True)
     image.remove()
+
+
+def test_a_container_starts_from_a_disk_with_xfs(libvirt_lxc: libvirt.virConnect, root: Path, folder: Path) -> None:
+    image = made(root, folder, "raw", 320 * MIB, "xfs")
+    words = b"xfs\nmade by the library"
+    with running(libvirt_lxc, domain_xml(image.libvirt_fs_info("/"))):
+        deadline.wait_for(lambda: words in Path(image.path).read_bytes(), seconds=60, what="a word from the container")
+
+    subprocess.run(["xfs_repair", "-n", "-f", image.path], check=True, capture_output=True)
+    with mounted(image.path, folder / "mount") as mount:
+        assert (mount / "said").read_bytes() == words
 
 
 def test_a_container_starts_from_a_block_device(libvirt_lxc: libvirt.virConnect, root: Path, folder: Path) -> None:

@@ -34,12 +34,14 @@ class _Description:
 
     :ivar tree: it is made of a root file system.
     :ivar tree_size: the size of the disk, in bytes, that it is on then.
+    :ivar tree_filesystem: what the disk is formatted with.
     """
 
     claimed: str | None
     checksum: str | None
     tree: bool
     tree_size: int | None
+    tree_filesystem: str | None
 
     def open(self, session: Session, url: str) -> Source:
         from imagebackend.templates.sources import open_source, open_tree
@@ -47,10 +49,13 @@ class _Description:
         if not self.tree:
             if self.tree_size is not None:
                 raise click.UsageError("--tree-size goes with --tree")
+            if self.tree_filesystem is not None:
+                raise click.UsageError("--tree-filesystem goes with --tree")
             return open_source(url, session.conf, checksum=self.checksum, disk_format=self.claimed)
         if self.claimed not in (None, "raw"):
             raise click.UsageError(f"--tree makes a raw disk, and not {self.claimed}")
-        return open_tree(url, session.conf, size=self.tree_size, checksum=self.checksum)
+        filesystem = self.tree_filesystem or "ext4"
+        return open_tree(url, session.conf, size=self.tree_size, filesystem=filesystem, checksum=self.checksum)
 
 
 def _describes_source(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,9 +63,16 @@ def _describes_source(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def describe(
-        *args: Any, claimed: str | None, checksum: str | None, tree: bool, tree_size: int | None, **others: Any
+        *args: Any,
+        claimed: str | None,
+        checksum: str | None,
+        tree: bool,
+        tree_size: int | None,
+        tree_filesystem: str | None,
+        **others: Any,
     ) -> Any:
-        return command(*args, description=_Description(claimed, checksum, tree, tree_size), **others)
+        description = _Description(claimed, checksum, tree, tree_size, tree_filesystem)
+        return command(*args, description=description, **others)
 
     options = (
         click.option(
@@ -91,6 +103,11 @@ def _describes_source(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="SIZE",
             type=parse_size,
             help="The size of that disk: 4G. Default: what the files take, and some room.",
+        ),
+        click.option(
+            "--tree-filesystem",
+            type=click.Choice(("ext4", "xfs")),
+            help="What that disk is formatted with. Default: ext4, which holds all that a tree can have.",
         ),
     )
     described: Callable[..., Any] = describe

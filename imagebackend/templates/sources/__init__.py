@@ -183,18 +183,21 @@ def open_tree(
     conf: cfg.ConfigOpts,
     *,
     size: int | None = None,
+    filesystem: str = "ext4",
     label: str | None = None,
     checksum: str | None = None,
 ) -> Source:
     """Return the source for a root file system, whose image is a raw disk, without touching it yet.
 
     It is made without mounting anything. Owners, modes, times, links and capabilities are kept; devices, FIFOs and
-    sockets are refused, and so are names in an archive that lead out of it. That takes root.
+    sockets are refused, and so are names in an archive that lead out of it. That takes root. XFS holds neither hard
+    links nor extended attributes nor names with white space then: a tree that has one is refused.
 
     :param url: a folder of this host, which nobody changes meanwhile, or a tar archive that :func:`open_source` can
         fetch: plain, or compressed in a way that images may be.
     :param conf: options of this library.
     :param size: of the disk, in bytes; None: what the files take, and some room.
+    :param filesystem: ``ext4`` or ``xfs``, which takes 300 MiB at least.
     :param label: of the file system.
     :param checksum: what the archive must hash to, as in :func:`open_source`.
     :raises InvalidArgument: the URL or the checksum cannot be used, or there is no such file system. InvalidSize: no
@@ -202,7 +205,7 @@ def open_tree(
     """
     from imagebackend.templates.sources.tree import TreeSource
 
-    return TreeSource(url, conf, size=size, label=label, checksum=checksum)
+    return TreeSource(url, conf, size=size, filesystem=filesystem, label=label, checksum=checksum)
 
 
 def _added_source(scheme: str) -> Callable[..., Source]:

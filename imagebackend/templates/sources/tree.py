@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Templates from a root file system: a folder of this host, or a tar archive from anywhere, made into an ext4 disk."""
+"""Templates from a root file system: a folder of this host, or a tar archive from anywhere, made into a disk."""
 
 from __future__ import annotations
 
@@ -28,14 +28,26 @@ class TreeSource(Source):
     """
 
     def __init__(
-        self, url: str, conf: cfg.ConfigOpts, *, size: int | None, label: str | None, checksum: str | None
+        self,
+        url: str,
+        conf: cfg.ConfigOpts,
+        *,
+        size: int | None,
+        filesystem: str,
+        label: str | None,
+        checksum: str | None,
     ) -> None:
         if size is not None:
             check_size(size)
+        if filesystem not in mkfs.ROOT_FILESYSTEMS:
+            raise exceptions.InvalidArgument(
+                f"file system {filesystem!r}: not among {', '.join(mkfs.ROOT_FILESYSTEMS)}"
+            )
         self._archive = open_source(url, conf, checksum=checksum)
         self._folder = None if url.lower().startswith(("http:", "https:")) else path_of(url)
         self._checksum = checksum
         self._size = size
+        self._filesystem = filesystem
         self._label = label
         self._timeout: int = conf.libvirt.images_tool_timeout
 
@@ -71,7 +83,7 @@ class TreeSource(Source):
     def _make(self, target: str, folder: str, known: Metadata, progress: Progress | None) -> Fetched:
         """Make the disk of what is in a folder."""
         measured = tree.measure(folder, known.source)
-        size = self._size or mkfs.root_size(measured)
+        size = self._size or mkfs.root_size(measured, self._filesystem)
         with publish.opened(target, os.O_RDWR) as descriptor:
 
             def report(_: str) -> None:
@@ -82,7 +94,16 @@ class TreeSource(Source):
                 os.ftruncate(descriptor, size)
             except OSError as error:
                 raise exceptions.storage_error(error, target) from error
-            mkfs.make_root(target, folder, measured, label=self._label, timeout=self._timeout, on_output=report)
+            mkfs.make_root(
+                target,
+                folder,
+                measured,
+                filesystem=self._filesystem,
+                name=known.source,
+                label=self._label,
+                timeout=self._timeout,
+                on_output=report,
+            )
             LOG.info("made a file system of %s: %d files, %d bytes", known.source, measured.files, measured.size)
             sha256 = digest.compute(descriptor, digest.SHA256, target, progress).partition(":")[2]
         return Fetched(known.source, size, sha256, "raw", known.etag, known.last_modified)

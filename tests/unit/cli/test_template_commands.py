@@ -372,15 +372,30 @@ def test_a_root_file_system_becomes_a_template(command: Command) -> None:
 
     command.done("template", "add", "--tree", "--tree-size", "64M", "--name", "root", root)
     command.done("template", "pull", "--tree", "--format", "raw", "--name", "other", root)
+    command.done("template", "add", "--tree", "--tree-filesystem", "xfs", "--name", "xfs", root)
 
     assert command.json("template", "show", "root")["virtual_size"] == 64 * MIB
     assert command.json("template", "show", "other")["virtual_size"] < 64 * MIB
+    assert Path(command.json("template", "show", "xfs")["path"]).read_bytes().startswith(b"XFSB")
+
+
+def test_a_folder_of_ploop_becomes_a_template(command: Command) -> None:
+    command.done("disk", "create", "--type", "ploop", "--from", command.raw_image(), "guest", "disk")
+    folder = command.instances / "guest" / "disk"
+
+    command.done("template", "add", "--format", "ploop", "--name", "again", folder)
+
+    shown = command.json("template", "show", "again")
+    assert (shown["virtual_size"], shown["source"]) == (MIB, folder.as_uri())
+    assert Path(shown["path"]).read_bytes() == (command.folder / "image.raw").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--tree-size", "64M"), "--tree-size goes with --tree"),
+        (("--tree-filesystem", "xfs"), "--tree-filesystem goes with --tree"),
+        (("--tree", "--tree-filesystem", "btrfs"), "'btrfs' is not one of 'ext4', 'xfs'"),
         (("--tree", "--format", "qcow2"), "--tree makes a raw disk, and not qcow2"),
         (("--tree", "--tree-size", "0"), "size"),
     ],

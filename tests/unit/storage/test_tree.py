@@ -96,7 +96,7 @@ def test_what_was_packed_is_unpacked(root: Path) -> None:
     assert sorted(seen) == seen
     measured = tree.measure(str(root), "tree")
     # Twelve inodes: five folders, two files of one block each, and one of 300 003 bytes that has two names.
-    assert measured == tree.Measured(12, 5 * 4096 + 2 * 4096 + 303_104)
+    assert measured == tree.Measured(12, 5 * 4096 + 2 * 4096 + 303_104, 5 * 4096 + 2 * 4096 + 303_104, 303_104)
 
 
 def test_a_sparse_file_stays_sparse(root: Path) -> None:
