@@ -30,7 +30,8 @@ ENTRY_POINTS = "imagebackend.backends"
 
 LOG = logging.getLogger(__name__)
 
-_FILE_FORMATS = ("raw", "qcow2", "ploop")
+# The types of the disks in files, by the format that they are recorded in.
+_FILE_TYPES = {"raw": "raw", "luks": "raw", "qcow2": "qcow2", "ploop": "ploop"}
 _BUILT_IN = {
     "raw": ("imagebackend.images.raw", "Raw"),
     "flat": ("imagebackend.images.raw", "Raw"),
@@ -183,10 +184,10 @@ class Backend:
             # The record may come from a host that keeps its instances elsewhere, or from one that means no good: what
             # counts is the disk's name, and nothing outside the instance's folder is meant by it.
             parent, _, disk_name = path.rpartition("/")
-            if parent.rpartition("/")[2] == instance and disk_format in _FILE_FORMATS:
-                found[disk_name] = disk_format
-        for disk_name, disk_format in sorted(found.items()):
-            image = self.image(instance, disk_name, disk_format)
+            if parent.rpartition("/")[2] == instance and disk_format in _FILE_TYPES:
+                found[disk_name] = _FILE_TYPES[disk_format]
+        for disk_name, image_type in sorted(found.items()):
+            image = self.image(instance, disk_name, image_type)
             if image.exists():
                 yield image
 

@@ -438,6 +438,9 @@ class Image(abc.ABC):
 
         disk = guest.LibvirtConfigGuestDisk()
         self._describe_source(disk)
+        if disk.ephemeral_encryption is not None:
+            reason = "QEMU is what decrypts the disk, and containers have none; extract it"
+            raise exceptions.Unsupported("a container's file system", reason)
         filesystem = guest.LibvirtConfigGuestFilesys(source_type=self.source_type, target_dir=target)
         if self.source_type == "file":
             filesystem.source_file = disk.source_path

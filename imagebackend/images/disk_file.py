@@ -18,6 +18,7 @@ from oslo_config import cfg
 
 from imagebackend import exceptions, faults, locks, names, process
 from imagebackend.images import disk_info
+from imagebackend.images.encryption import Encryption
 from imagebackend.storage import image_lock, loop_device, ploop, publish, qcow2, qemu_img
 from imagebackend.templates.leases import Owner
 
@@ -74,6 +75,8 @@ class DiskFile:
         self.path = f"{self.folder}/{disk_name}"
         self.owner = Owner(instance, disk_name, conf.host, self.path)
         self.locks = locks.folder(instances)
+        #: How the disk is, or is to be, encrypted.
+        self.encryption: Encryption | None = None
         #: Where content is put together that then becomes the disk in another format.
         self.scratch = f"{self.folder}/.{disk_name}.scratch"
         self._intent = f"{self.folder}/.{disk_name}.intent"
@@ -182,7 +185,8 @@ class DiskFile:
 
     def record(self, disk_format: str) -> None:
         """Record the disk's format, for good."""
-        disk_info.record(self.path, disk_format, **self._record_options())
+        secret = self.encryption.secret_uuid if self.encryption else None
+        disk_info.record(self.path, disk_format, secret_uuid=secret, **self._record_options())
 
     def resolve_format(self, default: str) -> str:
         """Return the disk's recorded format; a disk that has none recorded is ``default`` from now on.
@@ -201,6 +205,21 @@ class DiskFile:
                 raise exceptions.CorruptRecord(f"{self.folder}/disk.info", reason)
             self.record(default)
         return recorded or default
+
+    def secret_uuid(self) -> str | None:
+        """Return the UUID of the secret that opens the disk, as recorded; None: it is not encrypted."""
+        return disk_info.read_secret(self.path)
+
+    def passphrase(self) -> str | None:
+        """Return what opens the disk; None: it is not encrypted.
+
+        :raises InvalidArgument: it is not known, or how the disk is encrypted is not how it is to be.
+        """
+        recorded = self.secret_uuid()
+        if recorded == (self.encryption.secret_uuid if self.encryption else None):
+            return self.encryption.passphrase if self.encryption else None
+        reason = "is not encrypted" if recorded is None else f"is encrypted, with secret {recorded}"
+        raise exceptions.InvalidArgument(f"disk {self.path} {reason}: set its 'encryption' accordingly")
 
     def is_in_use(self) -> bool:
         """Return whether a guest or a tool has the disk open for writing."""
@@ -315,7 +334,7 @@ class DiskFile:
         result = self._mend_leaks()
         if result.corruptions:
             # What a change that was cut short leaves is wrong counts; the tables that they are made from are right.
-            qemu_img.check(self.path, "qcow2", repair="all", **self.tool_options())
+            qemu_img.check(self.path, "qcow2", repair="all", **self.image_options())
             result = self._mend_leaks()
         if result.corruptions:
             self.mark_broken(intent)
@@ -335,6 +354,10 @@ class DiskFile:
     def tool_options(self, *, facts_only: bool = False) -> dict[str, Any]:
         """Return what :func:`tool_options` does for this disk."""
         return tool_options(self.conf, facts_only=facts_only)
+
+    def image_options(self, *, facts_only: bool = False) -> dict[str, Any]:
+        """Return what :func:`tool_options` does for a tool that opens this disk itself, with what opens it."""
+        return {**self.tool_options(facts_only=facts_only), "passphrase": self.passphrase()}
 
     def remove_file(self) -> None:
         """Remove the disk itself and what killed makers left of it; :meth:`forget` follows."""
@@ -370,7 +393,7 @@ class DiskFile:
 
     def _mend_leaks(self) -> qemu_img.CheckResult:
         with qcow2.all_counted(self.path):
-            return qemu_img.check(self.path, "qcow2", repair="leaks", **self.tool_options())
+            return qemu_img.check(self.path, "qcow2", repair="leaks", **self.image_options())
 
     def _forget_quietly(self) -> None:
         # An undo step: the error that led here matters more, and a record without a disk means nothing.

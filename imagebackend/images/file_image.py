@@ -19,6 +19,8 @@ from oslo_config import cfg
 from imagebackend import exceptions, names
 from imagebackend.images import disk_file, disk_info, transfer
 from imagebackend.images.base import Capabilities, Image, Progress, Snapshot
+from imagebackend.images.encryption import Encryption
+from imagebackend.images.luks_file import LuksFile
 from imagebackend.images.model import LocalFileImage
 from imagebackend.images.ploop_folder import PloopFolder
 from imagebackend.images.qcow2_file import Qcow2File
@@ -35,10 +37,12 @@ __all__ = ["FileImage"]
 LOG = logging.getLogger(__name__)
 
 _Stored = RawFile | Qcow2File | PloopFolder
+# For libvirt: the path, the format, and the secret that opens the disk.
+_Description = tuple[str, str, str | None]
 
-# What disks and their records were when they were last looked at, and the path and the format for libvirt that were
-# found, by disk and folder of templates: agents make an Image each time that they describe a disk.
-_SEEN: dict[tuple[str, str], tuple[tuple[tuple[int, ...], ...], str, str]] = {}
+# What disks and their records were when they were last looked at, and what was found, by disk and folder of templates:
+# agents make an Image each time that they describe a disk.
+_SEEN: dict[tuple[str, str], tuple[tuple[tuple[int, ...], ...], _Description]] = {}
 _MAX_SEEN = 4096
 
 
@@ -49,6 +53,7 @@ class FileImage(Image):
     #: The format of new disks, and whether they depend on their template.
     new_format: ClassVar[str]
     new_disk_depends: ClassVar[bool]
+    can_encrypt: ClassVar[bool] = True
 
     def __init__(
         self, conf: cfg.ConfigOpts, templates: TemplateCache, instance: str, disk_name: str, path: str | None = None
@@ -57,6 +62,22 @@ class FileImage(Image):
         if path not in (None, self._file.path):
             raise exceptions.InvalidName("disk", path, f"the disk of that instance and name is {self._file.path}")
         super().__init__(conf, templates, instance, disk_name, self._file.path)
+
+    @property
+    def encryption(self) -> Encryption | None:
+        """How the disk is, or is to be, encrypted, by QEMU.
+
+        Set this before an encrypted disk is made, filled, read or changed; libvirt is told of the secret.
+        """
+        return self._file.encryption
+
+    @encryption.setter
+    def encryption(self, encryption: Encryption | None) -> None:
+        if encryption is not None and not self.can_encrypt:
+            raise exceptions.Unsupported("encryption", f"{type(self).__name__} disks are not encrypted")
+        if encryption is not None and encryption.format == "luks2":
+            raise exceptions.Unsupported("LUKS2 in a file", "QEMU itself has LUKS1")
+        self._file.encryption = encryption
 
     def _default_path(self) -> str:
         return self._file.path
@@ -207,11 +228,12 @@ class FileImage(Image):
 
     def import_file(self, instance: Any, local_file: str, remote_name: str) -> None:
         disk = disk_file.for_disk(self.conf, instance, remote_name)
+        disk.encryption = self.encryption
         with disk.lock():
             if disk.resolve_format(self.new_format) == "ploop":
                 PloopFolder(disk).import_file(os.path.abspath(local_file))
             else:
-                transfer.import_file(disk, self.new_format, local_file)
+                transfer.import_file(disk, self._new_format(), local_file)
             RawFile(disk).remove_snapshots()
             self.templates.release_all(disk.owner)
 
@@ -261,16 +283,22 @@ class FileImage(Image):
     def _describe_source(self, disk: LibvirtConfigGuestDisk) -> None:
         settled, identity = self._file.is_settled(), self._file.identity()
         key = self.path, self.templates.folder
-        seen, path, disk_format = _SEEN.get(key, (None, "", ""))
+        seen, found = _SEEN.get(key, (None, ("", "", None)))
         if not settled or identity is None or seen != identity:
             stored = self._sound()
-            path, disk_format = stored.source_path(), stored.disk_format
+            # What QEMU's driver for LUKS opens is a raw disk to libvirt, with a secret.
+            disk_format = "raw" if stored.disk_format == "luks" else stored.disk_format
+            found = stored.source_path(), disk_format, self._file.secret_uuid()
             if identity is not None and stored.is_closed():
                 if len(_SEEN) >= _MAX_SEEN:
                     _SEEN.clear()
-                _SEEN[key] = identity, path, disk_format
-        disk.source_path = path
-        disk.driver_format = disk_format
+                _SEEN[key] = identity, found
+        disk.source_path, disk.driver_format, secret_uuid = found
+        if secret_uuid is not None:
+            from imagebackend import guest
+
+            secret = guest.LibvirtConfigGuestDiskEncryptionSecret(uuid=secret_uuid)
+            disk.ephemeral_encryption = guest.LibvirtConfigGuestDiskEncryption(format="luks", secret=secret)
 
     def _sound(self) -> _Stored:
         """Return what the disk's format makes of it, once nothing remains to be done to it and it may be used."""
@@ -295,9 +323,11 @@ class FileImage(Image):
             return Qcow2File(self._file, self.templates)
         if disk_format == "raw":
             return RawFile(self._file)
+        if disk_format == "luks":
+            return LuksFile(self._file)
         if disk_format == "ploop":
             return PloopFolder(self._file)
-        raise exceptions.Unsupported(f"a disk in {disk_format}", "files hold raw, qcow2 or ploop disks")
+        raise exceptions.Unsupported(f"a disk in {disk_format}", "files hold raw, luks, qcow2 or ploop disks")
 
     def _settle(self) -> _Stored:
         """Make sure that the disk is there and sound, finishing what was cut short; under its lock."""
@@ -327,16 +357,24 @@ class FileImage(Image):
 
     def _create_filled(self, func: Callable[[str], object], size: int) -> None:
         """Make a disk that is filled by ``func``; under its lock."""
-        with self._file.create(self.new_format) as (descriptor, partial):
-            if self.new_format == "raw":
+        disk_format = self._new_format()
+        with self._file.create(disk_format) as (descriptor, partial):
+            if disk_format == "raw":
                 transfer.set_length(descriptor, size, partial)
                 func(partial)
                 transfer.check_filled(partial, size)
                 transfer.set_size(self.conf, descriptor, size, partial)
                 return
             with self._filled_scratch(func, size) as scratch:
-                options = creation_options(self.conf, backed=False)
-                transfer.convert(self._file, scratch, "raw", partial, "qcow2", options=options)
+                options = creation_options(self.conf, backed=False) if disk_format == "qcow2" else None
+                encryption = self.encryption
+                transfer.convert(
+                    self._file, scratch, "raw", partial, disk_format, options=options, encryption=encryption
+                )
+
+    def _new_format(self) -> str:
+        """Return the format that a new disk is recorded in."""
+        return "luks" if self.new_format == "raw" and self.encryption is not None else self.new_format
 
     @contextlib.contextmanager
     def _filled_scratch(self, func: Callable[[str], object], size: int) -> Iterator[str]:

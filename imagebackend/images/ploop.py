@@ -31,6 +31,7 @@ class Ploop(FileImage):
 
     new_format: ClassVar[str] = "ploop"
     new_disk_depends: ClassVar[bool] = False
+    can_encrypt: ClassVar[bool] = False
 
     def __init__(
         self, conf: cfg.ConfigOpts, templates: Any, instance: str, disk_name: str, path: str | None = None

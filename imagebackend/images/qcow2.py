@@ -53,7 +53,7 @@ class Qcow2(FileImage):
             undo.callback(self._release_quietly, template.file)
             faults.point("disk.create.leased")
             with self._file.create("qcow2") as (descriptor, partial):
-                if is_plain(options):
+                if is_plain(options) and self.encryption is None:
                     qcow2.write_overlay(
                         descriptor,
                         virtual_size=size,
@@ -69,6 +69,8 @@ class Qcow2(FileImage):
                         backing_file=template.path,
                         backing_format=template.format,
                         options=options,
+                        passphrase=self.encryption.passphrase if self.encryption else None,
+                        iter_time=self.encryption.iter_time if self.encryption else None,
                         **self._file.tool_options(facts_only="preallocation" not in options),
                     )
             undo.pop_all()

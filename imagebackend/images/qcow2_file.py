@@ -50,7 +50,7 @@ class Qcow2File:
         if intent is not None:
             if intent["operation"] == "rollback":
                 # Half of the old state and half of the snapshot's is neither.
-                qemu_img.snapshot_apply(self._disk.path, intent["snapshot"], **self._disk.tool_options())
+                qemu_img.snapshot_apply(self._disk.path, intent["snapshot"], **self._disk.image_options())
             if "template" in intent:
                 self._put_back(intent["template"])
             self._release_unused(intent.get("leases", []))
@@ -85,7 +85,7 @@ class Qcow2File:
         with self._disk.change("resize"):
             # QEMU checks all of an image that a crash left with reference counts which are behind.
             facts_only = preallocation is None and not self._header().dirty
-            limits = self._disk.tool_options(facts_only=facts_only)
+            limits = self._disk.image_options(facts_only=facts_only)
             qemu_img.resize(self._disk.path, "qcow2", size, preallocation=preallocation, **limits)
 
     def depends(self) -> bool:
@@ -112,17 +112,17 @@ class Qcow2File:
         """Make a snapshot inside the file."""
         _refuse_number(name)
         with self._disk.change("snapshot"):
-            qemu_img.snapshot_create(self._disk.path, name, **self._disk.tool_options())
+            qemu_img.snapshot_create(self._disk.path, name, **self._disk.image_options())
 
     def remove_snapshot(self, name: str) -> None:
         """Remove a snapshot that is there."""
         with self._disk.change("snapshot-remove"):
-            qemu_img.snapshot_delete(self._disk.path, name, **self._disk.tool_options())
+            qemu_img.snapshot_delete(self._disk.path, name, **self._disk.image_options())
 
     def roll_back(self, name: str) -> None:
         """Make the disk what it was at a snapshot that is there."""
         with self._disk.change("rollback", snapshot=name):
-            qemu_img.snapshot_apply(self._disk.path, name, **self._disk.tool_options())
+            qemu_img.snapshot_apply(self._disk.path, name, **self._disk.image_options())
 
     def flatten(self, progress: Progress | None) -> None:
         """Copy what the template has into the disk, and drop the lease."""
@@ -133,7 +133,7 @@ class Qcow2File:
         with contextlib.ExitStack() as undo:
             with self._disk.change("flatten", template=template, leases=[template]):
                 undo.callback(self._settle_quietly)
-                options = self._disk.tool_options()
+                options = self._disk.image_options()
                 qemu_img.rebase(self._disk.path, "qcow2", None, None, progress=progress, **options)
                 self._release_unused([template])
             undo.pop_all()
@@ -147,7 +147,7 @@ class Qcow2File:
             with self._disk.change("rebase", template=old, leases=leases):
                 undo.callback(self._settle_quietly)
                 self._templates.lease(template.file, self._disk.owner)
-                options = self._disk.tool_options()
+                options = self._disk.image_options()
                 path, form = template.path, template.format
                 qemu_img.rebase(self._disk.path, "qcow2", path, form, unsafe=unsafe, progress=progress, **options)
                 self._release_unused(leases)
@@ -162,6 +162,8 @@ class Qcow2File:
         header = qcow2.read_header(descriptor, path)
         if header.data_file:
             raise exceptions.ImageUnacceptable(path, "its data lie in another file")
+        if header.crypt_method and self._disk.secret_uuid() is None:
+            raise exceptions.CorruptRecord(f"{self._disk.folder}/disk.info", f"does not say which secret opens {path}")
         if header.backing_file is not None and not self._is_template(header.backing_file):
             reason = f"its backing file {header.backing_file} is no template in {self._templates.folder}"
             raise exceptions.ImageUnacceptable(path, reason)
@@ -194,7 +196,7 @@ class Qcow2File:
             backing = found.path, found.format
         else:
             return  # the lease was dropped when all had been done
-        qemu_img.rebase(self._disk.path, "qcow2", *backing, unsafe=True, **self._disk.tool_options())
+        qemu_img.rebase(self._disk.path, "qcow2", *backing, unsafe=True, **self._disk.image_options())
 
     def _release_unused(self, templates: Iterable[str | None]) -> None:
         """Drop the leases on those of ``templates`` that the disk does not depend on, or no longer."""

@@ -45,7 +45,7 @@ class RawFile:
 
     def virtual_size(self) -> int:
         """Return the disk's size in bytes."""
-        return transfer.virtual_size(self._disk.path, "raw")
+        return transfer.virtual_size(self._disk.path, self.disk_format)
 
     def new_size(self, size: int) -> int:
         """Return the size that the disk gets when it is asked to have this one."""
@@ -78,7 +78,8 @@ class RawFile:
         for path in self._snapshot_paths():
             modified = os.stat(path).st_mtime_ns
             created = datetime.datetime.fromtimestamp(modified / 1e9, datetime.UTC).isoformat(timespec="seconds")
-            found.append((modified, Snapshot(path.rpartition("@")[2], created, transfer.virtual_size(path, "raw"))))
+            size = transfer.virtual_size(path, self.disk_format)
+            found.append((modified, Snapshot(path.rpartition("@")[2], created, size)))
         return [snapshot for _, snapshot in sorted(found, key=lambda each: each[0])]
 
     def create_snapshot(self, name: str) -> None:

@@ -28,8 +28,8 @@ from imagebackend.images import (
     transfer,
 )
 from imagebackend.images.base import Capabilities, Image, Progress, Snapshot, Usage
+from imagebackend.images.encryption import Encryption
 from imagebackend.images.model import RBDImage
-from imagebackend.images.rbd_encryption import Encryption
 from imagebackend.images.rbd_template import RbdTemplate, RbdTemplates
 from imagebackend.storage import ceph, ceph_options, publish, qemu_img, rbd_data, rbd_url
 from imagebackend.templates import inspection
@@ -466,7 +466,7 @@ class Rbd(Image):
         if self._disk.header_size():
             if self.encryption is None:
                 raise exceptions.InvalidArgument(f"disk {self.path} is encrypted: set its 'encryption' to read it")
-            self.encryption.load(image)
+            rbd_encryption.load(self.encryption, image)
 
     def _release_quietly(self, template: str) -> None:
         # The error that led here matters more; the next attempt, or removing the disk, drops the lease.

@@ -20,7 +20,7 @@ from oslo_config import cfg
 
 from imagebackend import exceptions, faults, locks
 from imagebackend.images import rbd_encryption, rbd_image, rbd_location
-from imagebackend.images.rbd_encryption import Encryption
+from imagebackend.images.encryption import Encryption
 from imagebackend.storage import ceph, publish
 from imagebackend.templates.leases import Owner
 
@@ -186,7 +186,7 @@ class RbdDisk:
                 record = {**record, "encryption": facts}
             with self.pool.open(self._partial) as image:
                 if encryption is not None:
-                    encryption.load(image)
+                    rbd_encryption.load(encryption, image)
                 faults.point("disk.create.opened")
                 yield image
                 image.metadata_set(rbd_image.RECORD, json.dumps({"version": 1, **record}))

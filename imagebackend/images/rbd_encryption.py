@@ -8,18 +8,18 @@ is loaded: images are only resized when it is not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from oslo_config import cfg
 
 from imagebackend import exceptions
+from imagebackend.images.encryption import Encryption
 from imagebackend.storage import ceph, ceph_connection
 
 if TYPE_CHECKING:
     from imagebackend.guest import LibvirtConfigGuestDisk
 
-__all__ = ["ROOM", "Encryption", "can_clone", "create", "describe", "encrypt"]
+__all__ = ["ROOM", "can_clone", "create", "describe", "encrypt", "load"]
 
 #: libvirt's names for the formats of librbd.
 _LIBVIRT = {"luks1": "luks", "luks2": "luks2"}
@@ -27,26 +27,9 @@ _LIBVIRT = {"luks1": "luks", "luks2": "luks2"}
 ROOM = 16 << 20
 
 
-@dataclass(frozen=True)
-class Encryption:
-    """How a disk is encrypted.
-
-    :ivar passphrase: what opens it; never recorded.
-    :ivar secret_uuid: of libvirt's secret that holds the passphrase.
-    :ivar format: ``luks1`` or ``luks2``.
-    """
-
-    passphrase: str = field(repr=False)
-    secret_uuid: str
-    format: str = "luks2"
-
-    def __post_init__(self) -> None:
-        if self.format not in _LIBVIRT:
-            raise exceptions.InvalidArgument(f"encryption format {self.format!a:.80}: luks1 or luks2 is needed")
-
-    def load(self, image: Any) -> None:
-        """Have an open image encrypt what is written to it, and decrypt what is read."""
-        image.encryption_load(_format_number(self.format), self.passphrase)
+def load(encryption: Encryption, image: Any) -> None:
+    """Have an open image encrypt what is written to it, and decrypt what is read."""
+    image.encryption_load(_format_number(_format_of(encryption)), encryption.passphrase)
 
 
 def can_clone(conf: cfg.ConfigOpts) -> bool:
@@ -81,13 +64,13 @@ def encrypt(pool: ceph.Pool, name: str, size: int, encryption: Encryption) -> di
     :returns: what has to be recorded: format, secret and the size of the header.
     """
     with pool.open(name) as image:
-        image.encryption_format(_format_number(encryption.format), encryption.passphrase)
+        image.encryption_format(_format_number(_format_of(encryption)), encryption.passphrase)
         if image.size() == size + ROOM:  # a clone's encryption is not loaded by that
-            encryption.load(image)
+            load(encryption, image)
         header = size + ROOM - image.size()
     with pool.open(name) as image:
         image.resize(size + header)
-    return {"format": encryption.format, "secret_uuid": encryption.secret_uuid, "header": header}
+    return {"format": _format_of(encryption), "secret_uuid": encryption.secret_uuid, "header": header}
 
 
 def describe(disk: LibvirtConfigGuestDisk, facts: dict[str, Any] | None) -> None:
@@ -103,6 +86,10 @@ def describe(disk: LibvirtConfigGuestDisk, facts: dict[str, Any] | None) -> None
     disk.ephemeral_encryption = guest.LibvirtConfigGuestDiskEncryption(
         format=_LIBVIRT[facts["format"]], secret=secret, engine="librbd"
     )
+
+
+def _format_of(encryption: Encryption) -> str:
+    return encryption.format or "luks2"
 
 
 def _format_number(name: str) -> int:

@@ -16,8 +16,9 @@ from oslo_config import cfg
 from imagebackend import exceptions, locks, names
 from imagebackend.images.base import Progress
 from imagebackend.images.disk_file import DiskFile
+from imagebackend.images.encryption import Encryption
 from imagebackend.images.qcow2_options import creation_options
-from imagebackend.storage import image_lock, publish, qcow2, qemu_img, reflink, sparse_copy
+from imagebackend.storage import image_lock, luks, publish, qcow2, qemu_img, reflink, sparse_copy
 from imagebackend.templates import inspection
 
 __all__ = [
@@ -72,14 +73,15 @@ def virtual_size(path: str, disk_format: str) -> int:
     """Return the virtual size of a disk in bytes.
 
     :raises DiskNotFound: it is not there.
-    :raises Unsupported: the format is neither raw nor qcow2.
+    :raises Unsupported: the format is none of raw, luks and qcow2.
     """
     with open_file(path) as descriptor:
         if disk_format == "qcow2":
             return qcow2.read_header(descriptor, path).virtual_size
-        if disk_format == "raw":
-            return -(-os.fstat(descriptor).st_size // names.SECTOR) * names.SECTOR
-    raise exceptions.Unsupported(f"a disk in {disk_format}", "files hold raw or qcow2 disks")
+        if disk_format in ("raw", "luks"):
+            header = luks.header_size(descriptor, path) if disk_format == "luks" else 0
+            return -(-os.fstat(descriptor).st_size // names.SECTOR) * names.SECTOR - header
+    raise exceptions.Unsupported(f"a disk in {disk_format}", "files hold raw, luks or qcow2 disks")
 
 
 def is_grown(path: str, current: int, size: int) -> bool:
@@ -240,8 +242,16 @@ def extract(disk: DiskFile, disk_format: str, target: str, out_format: str | Non
             with open_file(disk.path) as source:
                 sparse_copy.copy(source, descriptor, progress=progress)
         else:
-            compress = out_format == "qcow2" and disk.conf.libvirt.snapshot_compression
-            convert(disk, disk.path, disk_format, partial, out_format, compress=compress, progress=progress)
+            convert(
+                disk,
+                disk.path,
+                disk_format,
+                partial,
+                out_format,
+                compress=out_format == "qcow2" and disk.conf.libvirt.snapshot_compression,
+                source_passphrase=disk.passphrase(),
+                progress=progress,
+            )
 
 
 @contextlib.contextmanager
@@ -298,9 +308,10 @@ def import_file(disk: DiskFile, default_format: str, local_file: str) -> None:
         verdict = inspection.inspect(source, local_file)
         exists = disk.exists()
         if exists:
+            disk.passphrase()
             disk.refuse_in_use()
             stack.enter_context(image_lock.hold(disk.path))
-        disk_format = disk.resolve_format(default_format)
+        disk_format = disk.resolve_format(default_format) if exists else default_format
         descriptor, partial = stack.enter_context(disk.create(disk_format, replace=exists))
         if disk_format == "raw" and verdict.format == "raw":
             copy(disk.conf, source, descriptor, progress=None)
@@ -309,8 +320,9 @@ def import_file(disk: DiskFile, default_format: str, local_file: str) -> None:
             convert(disk, local_file, verdict.format, partial, "raw")
             set_size(disk.conf, descriptor, verdict.virtual_size, partial)
         else:
-            options = creation_options(disk.conf, backed=False)
-            convert(disk, local_file, verdict.format, partial, disk_format, options=options)
+            options = creation_options(disk.conf, backed=False) if disk_format == "qcow2" else None
+            encryption = disk.encryption
+            convert(disk, local_file, verdict.format, partial, disk_format, options=options, encryption=encryption)
 
 
 def convert(
@@ -322,14 +334,31 @@ def convert(
     *,
     compress: bool = False,
     options: dict[str, str] | None = None,
+    source_passphrase: str | None = None,
+    encryption: Encryption | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Convert with qemu-img, and compare the result: a conversion can report success though its last writes failed.
 
+    :param encryption: of the target.
     :param progress: called for the conversion, then for the comparison.
     """
-    limits = disk.tool_options()
+    images, limits = (source, source_format, target, target_format), disk.tool_options()
+    target_passphrase = encryption.passphrase if encryption else None
     qemu_img.convert(
-        source, source_format, target, target_format, options=options, compress=compress, progress=progress, **limits
+        *images,
+        options=options,
+        compress=compress,
+        source_passphrase=source_passphrase,
+        target_passphrase=target_passphrase,
+        iter_time=encryption.iter_time if encryption else None,
+        progress=progress,
+        **limits,
     )
-    qemu_img.compare(source, source_format, target, target_format, progress=progress, **limits)
+    qemu_img.compare(
+        *images,
+        first_passphrase=source_passphrase,
+        second_passphrase=target_passphrase,
+        progress=progress,
+        **limits,
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,35 +12,13 @@ import libvirt
 import pytest
 
 from imagebackend import Backend, exceptions
-from imagebackend.images.rbd import Rbd
-from imagebackend.images.rbd_encryption import Encryption
+from imagebackend.images.rbd import Encryption, Rbd
 from tests.functional.ceph import rbd_backend
+from tests.functional.libvirt_secret import secret
 from tools.guest_image import ROOT_SAYS, SIZE_SAYS, GuestImage
 from tools.private_ceph import Cluster
 
 GIB = 1 << 30
-
-SECRET = """
-<secret ephemeral="yes" private="no">
-  <uuid>{uuid}</uuid><usage type="{usage}">{name}</usage>
-</secret>
-"""
-
-# What libvirt wants to be told of a secret, by what it is used for.
-USAGES = {"ceph": "<name>{uuid}</name>", "volume": "<volume>{uuid}</volume>"}
-
-
-@contextlib.contextmanager
-def secret(connection: libvirt.virConnect, value: bytes, usage: str = "ceph") -> Iterator[str]:
-    """Have a secret defined in the block; give its UUID."""
-    identifier = str(uuid.uuid4())
-    name = USAGES[usage].format(uuid=identifier)
-    defined = connection.secretDefineXML(SECRET.format(uuid=identifier, usage=usage, name=name))
-    try:
-        defined.setValue(value)
-        yield identifier
-    finally:
-        defined.undefine()
 
 
 @pytest.fixture(params=["none", "cephx"])
