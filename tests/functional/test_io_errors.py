@@ -27,7 +27,7 @@ from tests.functional import failing_calls, test_faults
 from tests.functional.failing_calls import Call, Fault, Outcome
 from tests.functional.test_faults import Operation, State, nothing, state_of
 
-SWEPT = ("raw-ext4", "raw-xfs", "qcow2", "ploop-xfs")
+SWEPT = ("raw-ext4", "raw-xfs", "qcow2", "ploop-ext4", "ploop-xfs")
 
 SYNCS = ("fsync", "fdatasync")
 WRITES = ("write", "pwrite64", "pwritev", "copy_file_range", "sendfile", "ftruncate", "fallocate")
