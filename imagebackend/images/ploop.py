@@ -26,7 +26,7 @@ class Ploop(FileImage):
 
     It is one image from the start, with all data its own or in blocks that the file system shares, not a base image
     of its template with another one on top: libvirt gives QEMU one image, and ploop's commands, of which some merge
-    an image into the one below, would write into what other disks are made of.
+    an image into the one below, would write into what other disks are made of; see test_ploop_sharing.py.
     """
 
     new_format: ClassVar[str] = "ploop"

@@ -60,6 +60,21 @@ def test_a_folder_is_cloned_with_all_that_is_in_it(filesystem: str, request: pyt
     assert [path.name for path in (folder / "instances").rglob("*")] == ["locks"]
 
 
+@pytest.mark.parametrize("filesystem", ["ext4", "xfs", "btrfs"])
+def test_a_clone_needs_its_template_no_more(filesystem: str, request: pytest.FixtureRequest) -> None:
+    """So that nothing has to keep one from being removed."""
+    folder: Path = request.getfixturevalue(f"{filesystem}_folder")
+    source = template(folder)
+    before = listing(source)
+    imagebackend.clone_root(configured(folder / "instances", "raw"), str(source), "container")
+
+    (source / "bin" / "tool").write_bytes(os.urandom(1 << 20))
+    remove = ["btrfs", "-q", "subvolume", "delete"] if filesystem == "btrfs" else ["rm", "-r"]
+    subprocess.run([*remove, source], check=True)
+
+    assert listing(folder / "instances" / "container" / "root") == before
+
+
 @pytest.mark.parametrize("filesystem", ["ext4", "btrfs"])
 def test_killed_after_any_step_there_is_a_whole_folder_or_none(
     filesystem: str, request: pytest.FixtureRequest
