@@ -54,7 +54,7 @@ class Backend:
     def __init__(self, conf: cfg.ConfigOpts, keys: Keys | None = None) -> None:
         self.conf = conf
         self.keys = keys
-        self.templates = TemplateCache(conf, self.native_templates, self._is_gone)
+        self.templates = TemplateCache(conf, self.native_templates, self._is_gone, self._sweep_disks)
 
     def backend(self, image_type: str | None = None) -> type[Image]:
         """Return the class of images of a type.
@@ -176,6 +176,10 @@ class Backend:
         except exceptions.ImageBackendError as error:
             LOG.info("whether %s is there cannot be known: %s", owner.path, error)
             return False
+
+    def _sweep_disks(self) -> list[str]:
+        """Remove what killed processes left of disks in a store of the configured type; return what that was."""
+        return [f"{self.conf.libvirt.images_type}:{name}" for name in self.backend().sweep_disks(self.conf)]
 
     def _disks_of(self, instance: str) -> Iterator[Image]:
         folder = f"{os.path.abspath(self.conf.instances_path)}/{instance}"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import abc
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -131,6 +131,17 @@ class Image(abc.ABC):
     @classmethod
     def stored(cls, conf: cfg.ConfigOpts) -> Iterable[tuple[str, str]]:
         """Return instance and name of every disk that is in a store of this backend's own; none for files."""
+        return ()
+
+    @classmethod
+    def sweep_disks(cls, conf: cfg.ConfigOpts) -> Sequence[str]:
+        """Remove what killed processes left of disks in a store of this backend's own, without waiting for anybody.
+
+        What other hosts may be at stays. Whatever cannot be removed is logged, and does not keep the rest.
+
+        :returns: the names, in the store, of what was removed.
+        :raises StorageError: the store does not tell what is there.
+        """
         return ()
 
     @classmethod

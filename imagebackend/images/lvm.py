@@ -81,24 +81,19 @@ class Lvm(Image):
         return lvm_template.templates(conf)
 
     @classmethod
-    def sweep(cls, conf: cfg.ConfigOpts) -> list[str]:
-        """Finish or undo what killed processes left in the volume group, without waiting for a call that needs it.
-
-        :returns: the names of the volumes that were worked on.
-        """
+    def sweep_disks(cls, conf: cfg.ConfigOpts) -> list[str]:
         group = lvm_options.group(conf)
         swept = []
-        for instance, disk_name in cls.stored(conf):
+        for instance, disk_name in lvm_disk.unfinished(group.report(), lvm_options.maker_tag(conf)):
             name = lvm_naming.volume_name(group.name, instance, disk_name)
             disk = lvm_disk.LvmDisk(conf, group, name, Owner(instance, disk_name, conf.host, group.device(name)))
-            with disk.lock():
-                found = disk.find()
-                disk.settle(found)
-            disk.clear(found.removed)
-            left = [*found.leftovers, *found.removed, found.replacement]
-            swept += [volume.name for volume in left if volume is not None]
-        stored = lvm_template.templates(conf)
-        return swept + ([] if stored is None else list(stored.sweep()))
+            try:
+                swept += disk.sweep()
+            except exceptions.LockTimeout:
+                continue  # somebody is at it
+            except exceptions.ImageBackendError as error:
+                LOG.warning("what is left of %s is still there: %s", disk.path, error)
+        return swept
 
     @property
     def capabilities(self) -> Capabilities:

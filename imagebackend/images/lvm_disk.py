@@ -14,12 +14,12 @@ import dataclasses
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from oslo_config import cfg
 
 from imagebackend import exceptions, faults, locks
-from imagebackend.images import lvm_clearing, lvm_encryption, lvm_naming
+from imagebackend.images import lvm_clearing, lvm_encryption, lvm_naming, lvm_options
 from imagebackend.images.lvm_encryption import CryptMapping
 from imagebackend.images.lvm_naming import COMPLETE
 from imagebackend.images.lvm_pool import Space
@@ -29,7 +29,7 @@ from imagebackend.storage.cryptsetup import Cipher
 from imagebackend.storage.lvm2 import Volume, VolumeGroup
 from imagebackend.templates.leases import Owner
 
-__all__ = ["Found", "LvmDisk"]
+__all__ = ["Found", "LvmDisk", "unfinished"]
 
 LOG = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ class LvmDisk:
         self.keys = keys
         self.path = group.device(name)
         self._tag = lvm_naming.disk_tag(owner.instance, owner.disk)
+        self._maker = lvm_options.maker_tag(conf)
         self._who = f"{owner.instance}/{owner.disk}"
         self._new = f"{name}+new"
         self._locks = locks.folder(os.path.abspath(conf.instances_path))
@@ -94,10 +95,14 @@ class LvmDisk:
         # this says that they have to be looked at before a disk is made.
         self._replacing = f"{self._locks}/replacing-{owner.instance}_{owner.disk}"
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the lock under which the disk is made and changed."""
+    def lock(self, timeout: float | None = None) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock under which the disk is made and changed.
+
+        :param timeout: seconds to wait at most; None: ``[DEFAULT] lock_timeout``.
+        :raises LockTimeout: someone else held it all that time.
+        """
         path = locks.disk_lock(self._locks, self.owner.instance, self.owner.disk)
-        return locks.hold(path, timeout=self.conf.lock_timeout, transient=True)
+        return locks.hold(path, timeout=self.conf.lock_timeout if timeout is None else timeout, transient=True)
 
     def may_exist(self) -> bool:
         """Return whether there is a sign of the disk that costs nothing to see; if not, making it tells."""
@@ -153,7 +158,7 @@ class LvmDisk:
     def tags(self, **more: str | int) -> set[str]:
         """Return the tags of a new volume of the disk's."""
         values = {"kind": "disk", "format": "raw", "made": lvm_naming.now(), **more}
-        return {self._tag, *lvm_naming.tags(values), *self.conf.libvirt.images_volume_tags}
+        return {self._tag, self._maker, *lvm_naming.tags(values), *self.conf.libvirt.images_volume_tags}
 
     def snapshot_template(self, volume: str, template: str) -> None:
         """Make the disk a thin snapshot of a template's volume: one command.
@@ -319,11 +324,30 @@ class LvmDisk:
         publish.remove_file(self._replacing)
         return tuple(removed)
 
-    def clear(self, removed: tuple[Volume, ...]) -> None:
+    def sweep(self) -> list[str]:
+        """Remove what a killed process left unfinished, or did not live to remove, unless somebody is at it.
+
+        What has the tag of another maker stays: whether that is still at it cannot be known. So does what is about to
+        be the disk, or is the disk, and is finished by the next call for it.
+
+        :returns: the names of the volumes.
+        """
+        with self.lock(timeout=0):
+            found = self.find()
+            left = [volume for volume in found.leftovers if self._maker in volume.tags]
+            for leftover in left:
+                self._give_back(leftover)
+        removed = [volume for volume in found.removed if self._maker in volume.tags]
+        return [volume.name for volume in (*left, *self.clear(removed))]
+
+    def clear(self, removed: Iterable[Volume]) -> list[Volume]:
         """Clear volumes that were the disk, and give their space back; nobody waits for that.
 
         One that another process is at is left to it.
+
+        :returns: those whose space was given back.
         """
+        cleared = []
         for volume in removed:
             lock = f"{self._locks}/clearing-{volume.uuid}"
             with contextlib.suppress(exceptions.LockTimeout), locks.hold(lock, timeout=0, transient=True):
@@ -334,7 +358,9 @@ class LvmDisk:
                     lvm_clearing.clear(self.conf, self.group.device(volume.name))
                     faults.point("disk.remove.cleared")
                 self._give_back(volume)
+                cleared.append(volume)
                 faults.point("disk.remove.given_back")
+        return cleared
 
     def _announce(self, current: Volume | None) -> None:
         """Prepare for another volume to take the place of the one that has the disk's name."""
@@ -359,6 +385,12 @@ class LvmDisk:
 
     def _set_aside(self, volume: Volume) -> Volume:
         self.refuse_foreign(volume)
+        if self._maker not in volume.tags:
+            # From here on it is this host that is at it.
+            maker = lvm_naming.facts(volume.tags).get("maker")
+            others = set() if maker is None else lvm_naming.tags({"maker": maker})
+            self.group.publish(volume.name, add_tags=[self._maker], drop_tags=others)
+            volume = dataclasses.replace(volume, tags=volume.tags - others | {self._maker})
         name = f"{self.name}+removed+{secrets.token_hex(4)}"
         self.group.rename(volume.name, name)
         return dataclasses.replace(volume, name=name)
@@ -367,7 +399,7 @@ class LvmDisk:
         mapping = self.mapping(volume)
         if mapping is not None:
             mapping.close()
-        self.group.remove(volume.name)
+        self.group.remove_reported(volume)
         if not volume.pool.startswith(f"{self.name}+pool+"):
             return
         # The pool that the disk has for itself goes with the last of its volumes.
@@ -401,3 +433,21 @@ class LvmDisk:
 
     def _key(self) -> bytes:
         return lvm_encryption.key_of(self.keys, self.owner.instance, self.owner.disk)
+
+
+def unfinished(volumes: Iterable[Volume], maker: str) -> list[tuple[str, str]]:
+    """Return instance and name of the disks of which something may be left that :meth:`LvmDisk.sweep` removes, sorted.
+
+    :param volumes: all of the volume group.
+    :param maker: the tag of the maker.
+    """
+    volumes = list(volumes)
+    pools = {volume.pool for volume in volumes}
+    found = set()
+    for volume in volumes:
+        facts = lvm_naming.facts(volume.tags)
+        is_needed = volume.name in pools if volume.kind == "thin-pool" else "complete" in facts
+        if maker in volume.tags and "disk" in facts and (not is_needed or "+removed+" in volume.name):
+            instance, _, disk_name = facts["disk"].partition("/")
+            found.add((instance, disk_name))
+    return sorted(found)

@@ -28,6 +28,7 @@ __all__ = [
     "disk_names",
     "disk_tag",
     "facts",
+    "maker_tag",
     "now",
     "parse_path",
     "tags",
@@ -98,6 +99,15 @@ def template_volume(name: str, key: str, size: int) -> str:
 def disk_tag(instance: str, disk_name: str) -> str:
     """Return the tag of everything that belongs to a disk."""
     return f"{_PREFIX}disk={instance}/{disk_name}"
+
+
+def maker_tag(host: str, folder: str) -> str:
+    """Return the tag of what a host makes under the locks that are in a folder.
+
+    Others may use the volume group, too, whose locks are elsewhere: they cannot tell whether somebody is still at it.
+    """
+    maker = hashlib.sha256(f"{host}\0{folder}".encode()).hexdigest()[:_KEY_LENGTH]
+    return f"{_PREFIX}maker={maker}"
 
 
 def tags(values: Mapping[str, str | int]) -> set[str]:

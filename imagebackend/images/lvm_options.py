@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 
 from oslo_config import cfg
 
-from imagebackend import exceptions
+from imagebackend import exceptions, locks
+from imagebackend.images import lvm_naming
 from imagebackend.storage import lvm2
 from imagebackend.storage.lvm2 import Layout, VolumeGroup
 
-__all__ = ["group", "layout", "root_helper", "thin_pool"]
+__all__ = ["group", "layout", "maker_tag", "root_helper", "thin_pool"]
 
 
 def group(conf: cfg.ConfigOpts, name: str | None = None) -> VolumeGroup:
@@ -45,6 +47,11 @@ def thin_pool(conf: cfg.ConfigOpts) -> str | None:
 def layout(conf: cfg.ConfigOpts) -> Layout:
     """Return how volumes that are in no pool lie on their physical volumes."""
     return Layout(conf.libvirt.images_volume_stripes, conf.libvirt.images_volume_raid_type)
+
+
+def maker_tag(conf: cfg.ConfigOpts) -> str:
+    """Return the tag of volumes that nobody makes or removes but under this host's locks in ``instances_path``."""
+    return lvm_naming.maker_tag(conf.host, locks.folder(os.path.abspath(conf.instances_path)))
 
 
 def root_helper(conf: cfg.ConfigOpts) -> list[str]:

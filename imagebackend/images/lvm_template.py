@@ -72,6 +72,7 @@ class LvmTemplates(NativeTemplates):
         self._conf = conf
         self._group = group
         self._pool = pool
+        self._maker = lvm_options.maker_tag(conf)
 
     def list(self) -> Sequence[NativeTemplate]:
         found: dict[str, Volume] = {}
@@ -99,7 +100,8 @@ class LvmTemplates(NativeTemplates):
         for name in sorted({lvm_naming.facts(volume.tags)["template"] for volume in tagged}):
             # Whoever is still at it holds the lock.
             with contextlib.suppress(exceptions.LockTimeout), self._lock(name, timeout=0):
-                swept = [*swept, *self._discard_parts(self._volumes(name))]
+                made_here = [volume for volume in self._volumes(name) if self._maker in volume.tags]
+                swept = [*swept, *self._discard_parts(made_here)]
         return swept
 
     def find(self, name: str) -> LvmTemplate | None:
@@ -158,10 +160,10 @@ class LvmTemplates(NativeTemplates):
         return [volume for volume in tagged if lvm_naming.facts(volume.tags)["kind"] == "template"]
 
     def _discard_parts(self, volumes: Iterable[Volume]) -> Sequence[str]:
-        parts = [volume.name for volume in volumes if not _is_whole(volume)]
+        parts = [volume for volume in volumes if not _is_whole(volume)]
         if parts:
-            self._group.remove(*parts)
-        return parts
+            self._group.remove_reported(*parts)
+        return [volume.name for volume in parts]
 
     def _copy(self, template: Template, wanted: LvmTemplate, size: int, progress: Progress | None) -> None:
         final = wanted.volume(size)
@@ -176,7 +178,7 @@ class LvmTemplates(NativeTemplates):
             "data": data,
             "made": lvm_naming.now(),
         }
-        tags = {*lvm_naming.tags(facts), *self._conf.libvirt.images_volume_tags}
+        tags = {self._maker, *lvm_naming.tags(facts), *self._conf.libvirt.images_volume_tags}
         with contextlib.ExitStack() as undo:
             # What is made may have succeeded although its command failed.
             undo.callback(self._remove_quietly, partial)
@@ -200,8 +202,10 @@ class LvmTemplates(NativeTemplates):
             raise exceptions.DiskTooSmall(template.name, size, template.virtual_size, reason)
         final = template.volume(size)
         partial = f"{final}+new"
-        kept = {key: value for key, value in lvm_naming.facts(origin.tags).items() if key not in ("complete", "made")}
-        tags = {*lvm_naming.tags({**kept, "made": lvm_naming.now()}), *self._conf.libvirt.images_volume_tags, COMPLETE}
+        facts = lvm_naming.facts(origin.tags).items()
+        kept = {key: value for key, value in facts if key not in ("complete", "made", "maker")}
+        own = {self._maker, COMPLETE, *self._conf.libvirt.images_volume_tags}
+        tags = {*lvm_naming.tags({**kept, "made": lvm_naming.now()}), *own}
         with contextlib.ExitStack() as undo:
             undo.callback(self._remove_quietly, partial)
             self._pool.refuse_full()

@@ -177,14 +177,17 @@ class VolumeGroup:
         words = ["lvcreate", "--yes", *options, *_tag_arguments("--addtag", tags), "--name", check_name(name)]
         self._run([*words, self._of(origin)])
 
-    def publish(self, name: str, *, add_tags: Iterable[str] = (), read_only: bool = False) -> None:
+    def publish(
+        self, name: str, *, add_tags: Iterable[str] = (), drop_tags: Iterable[str] = (), read_only: bool = False
+    ) -> None:
         """Change a volume's tags, and take it out of use if it is only to be read, in one change of the metadata.
 
         :param read_only: it becomes read-only, and is not activated any more unless it is asked for.
         :raises DiskNotFound: there is no such volume.
         """
         words = ["--permission", "r", "--setactivationskip", "y"] if read_only else []
-        self._run(["lvchange", "--yes", *words, *_tag_arguments("--addtag", add_tags), self._of(name)])
+        words += [*_tag_arguments("--addtag", add_tags), *_tag_arguments("--deltag", drop_tags)]
+        self._run(["lvchange", "--yes", *words, self._of(name)])
 
     def drop_tags(self, name: str, tags: Iterable[str]) -> None:
         """Remove tags from a volume.
@@ -237,6 +240,16 @@ class VolumeGroup:
         :raises DiskInUse: something has one open; it and those after it may still be there.
         """
         self._run(["lvremove", "--yes", "--force", *(self._of(name) for name in names)])
+
+    def remove_reported(self, *volumes: Volume) -> None:
+        """Remove volumes, in this order, but none that has got the name of one of them since they were reported.
+
+        :raises DiskNotFound: there is none of one of the names; the others are removed.
+        :raises DiskInUse: something has one open; it and those after it may still be there.
+        """
+        select = " || ".join(f'lv_uuid="{volume.uuid}"' for volume in volumes)
+        names = (self._of(volume.name) for volume in volumes)
+        self._run(["lvremove", "--yes", "--force", "--select", select, *names])
 
     def _of(self, name: str) -> str:
         return f"{self.name}/{check_name(name)}"

@@ -61,6 +61,7 @@ class TemplateCache:
     :param stores: returns the stores of templates that were made from those in the cache.
     :param is_gone: whether a disk of this host, which nobody makes or changes meanwhile, is provably not there; None:
         only files are known to be.
+    :param sweep_disks: removes what killed processes left of disks in a store, and returns what that was.
     :ivar catalogue: what is in the cache, for those who look after it.
     :ivar lease_book: all leases.
     """
@@ -70,11 +71,13 @@ class TemplateCache:
         conf: cfg.ConfigOpts,
         stores: Callable[[], Sequence[NativeTemplates]] = tuple,
         is_gone: Callable[[Owner], bool] | None = None,
+        sweep_disks: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._conf = conf
         self._folder = TemplateFolder(conf)
         self._stores = stores
         self._is_gone = is_gone or self.is_file_gone
+        self._sweep_disks = sweep_disks
         self.catalogue = Catalogue(self._folder)
         self.lease_book = LeaseBook(self._folder, self._is_gone)
         self._noted: dict[str, float] = {}
@@ -254,7 +257,7 @@ class TemplateCache:
         report = eviction.decide(self._folder, stores, policy)
         if not dry_run:
             eviction.evict(self._folder, stores, policy, report)
-            eviction.sweep_all(self._folder, stores, self._is_gone, report)
+            eviction.sweep_all(self._folder, stores, self._is_gone, self._sweep_disks, report)
         return report
 
     def periodic(self) -> Report | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -114,21 +115,31 @@ def sweep_all(
     folder: TemplateFolder,
     stores: Sequence[NativeTemplates],
     is_gone: Callable[[Owner], bool],
+    sweep_disks: Callable[[], Sequence[str]],
     report: Report,
 ) -> None:
     """Remove what killed processes left in the cache and in the stores, and note it in the report.
 
     :param is_gone: as for :func:`.sweep.sweep`.
+    :param sweep_disks: removes what they left of disks in a store, and returns what that was.
     """
     swept, failed = sweep.sweep(folder, is_gone)
     report.swept += swept
     report.failed += failed
     for store in stores:
-        try:
+        with _noted(report, store.image_type):
             report.swept += [f"{store.image_type}:{name}" for name in store.sweep()]
-        except exceptions.ImageBackendError as error:
-            report.failed.append((store.image_type, error))
-            LOG.warning("what killed processes left in the %s store stays: %s", store.image_type, error)
+    with _noted(report, folder.conf.libvirt.images_type):
+        report.swept += sweep_disks()
+
+
+@contextlib.contextmanager
+def _noted(report: Report, image_type: str) -> Iterator[None]:
+    try:
+        yield
+    except exceptions.ImageBackendError as error:
+        report.failed.append((image_type, error))
+        LOG.warning("what killed processes left in the %s store stays: %s", image_type, error)
 
 
 def _remove(folder: TemplateFolder, candidate: Candidate, policy: Policy, known: removal.Names) -> bool:

@@ -162,7 +162,7 @@ def test_devices_that_fail_while_a_disk_is_filled_or_cleared(opened: Callable[..
         assert "+removed+" in left
 
         fail(False)
-        assert Lvm.sweep(store.conf) == [left]
+        assert Lvm.sweep_disks(store.conf) == [left]
         assert {volume.name for volume in group.report()} == before
 
 

@@ -115,6 +115,21 @@ def test_what_is_open_is_neither_deactivated_nor_removed(group: VolumeGroup) -> 
     group.remove("one")
 
 
+def test_what_was_reported_is_removed_and_not_what_has_its_name_by_now(group: VolumeGroup) -> None:
+    group.create("one", MIB, (), Layout())
+    group.create("two", MIB, (), Layout())
+    reported = only(group, "one"), only(group, "two")
+    group.remove("one")
+    group.create("one", MIB, (), Layout())
+
+    group.remove_reported(*reported)
+
+    assert {volume.name for volume in group.report()} == {"one", POOL}
+    assert only(group, "one").uuid != reported[0].uuid
+    with pytest.raises(exceptions.DiskNotFound):
+        group.remove_reported(reported[1])
+
+
 def test_every_refusal_is_told_apart(group: VolumeGroup) -> None:
     group.create("one", MIB, (), Layout())
     for ask in (

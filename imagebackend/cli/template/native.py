@@ -84,7 +84,9 @@ def remove(session: Session, names: tuple[str, ...], image_type: str | None) -> 
 @click.pass_obj
 def sweep(session: Session, image_type: str | None) -> None:
     """Remove what killed processes left in the store, of templates and of disks."""
-    removed = list(_store(session, image_type).sweep())
+    kind = session.backend.backend(image_type)
+    store = kind.native_templates(session.conf)
+    removed = [*([] if store is None else store.sweep()), *kind.sweep_disks(session.conf)]
     session.show({"removed": removed}, output.printable("\n".join(f"{name} removed" for name in removed)))
 
 
