@@ -8,6 +8,7 @@ from imagebackend.guest.cache_mode import choose_cache_mode, choose_io_mode, par
 from imagebackend.guest.disk import LibvirtConfigGuestDeviceAddressDrive, LibvirtConfigGuestDisk
 from imagebackend.guest.encryption import LibvirtConfigGuestDiskEncryption, LibvirtConfigGuestDiskEncryptionSecret
 from imagebackend.guest.filesystem import LibvirtConfigGuestFilesys
+from imagebackend.guest.id_map import LibvirtConfigGuestIDMap, LibvirtConfigGuestIDRange
 from imagebackend.guest.qos import disk_qos
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "LibvirtConfigGuestDiskEncryption",
     "LibvirtConfigGuestDiskEncryptionSecret",
     "LibvirtConfigGuestFilesys",
+    "LibvirtConfigGuestIDMap",
+    "LibvirtConfigGuestIDRange",
     "choose_cache_mode",
     "choose_io_mode",
     "disk_qos",

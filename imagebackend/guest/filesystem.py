@@ -24,6 +24,7 @@ from imagebackend.guest.element import (
     read_size,
     text,
 )
+from imagebackend.guest.id_map import LibvirtConfigGuestIDMap
 
 __all__ = ["LibvirtConfigGuestFilesys"]
 
@@ -51,6 +52,7 @@ _SOURCES = {
     "ram": Property("source_usage", "usage", integer(1, 2**53 - 1)),
 }
 _IMAGE_DRIVERS = ("loop", "nbd", "ploop")
+_IDMAP_SINCE = 10000000
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,6 +71,8 @@ class LibvirtConfigGuestFilesys:
     :ivar driver_type: who makes a device of an image: ``loop``, ``nbd`` or ``ploop``; these are written for ``file``
         only. For ``mount``: ``path``, ``handle`` or ``virtiofs``.
     :ivar driver_format: the image's format, for ``file`` only.
+    :ivar idmap: for ``virtiofs``, from libvirt 10.0.0 on: which users and groups of the host those of the guest are. A
+        container has its own in the domain: see :class:`LibvirtConfigGuestIDMap`.
     :ivar readonly: the guest cannot write.
     :ivar space_hard_limit: at most this many bytes of it.
     :ivar space_soft_limit: more than this many bytes only for a while.
@@ -84,6 +88,7 @@ class LibvirtConfigGuestFilesys:
     target_dir: str = "/"
     driver_type: str | None = "loop"
     driver_format: str | None = "raw"
+    idmap: LibvirtConfigGuestIDMap | None = None
     readonly: bool = False
     space_hard_limit: int | None = None
     space_soft_limit: int | None = None
@@ -95,7 +100,7 @@ class LibvirtConfigGuestFilesys:
             (major * 1000000 + minor * 1000 + release); what it does not know is left out. None: the newest.
         :raises InvalidArgument: an attribute is missing, or has a value that libvirt does not take or XML cannot
             carry.
-        :raises Unsupported: this libvirt does not know the driver.
+        :raises Unsupported: this libvirt does not know the driver, or an ``idmap``.
         """
         version = NEWEST if libvirt_version is None else libvirt_version
         source = _SOURCES[_TYPES.write("source_type", self.source_type)]
@@ -105,6 +110,7 @@ class LibvirtConfigGuestFilesys:
         out = f"<filesystem{_FILESYSTEM.attributes(self, version)}>\n{self._driver(version)}"
         out += f'  <source {source.name}="{source.kind.write(source.attribute, place)}"/>\n'
         out += f'  <target dir="{escape("target_dir", self.target_dir)}"/>\n'
+        out += self._idmap(version)
         if self.readonly:
             out += "  <readonly/>\n"
         for name in ("space_hard_limit", "space_soft_limit"):
@@ -120,6 +126,17 @@ class LibvirtConfigGuestFilesys:
         if self.driver_type is None or self.driver_type in _IMAGE_DRIVERS:
             return ""
         return f'  <driver type="{self.driver_type}"/>\n'
+
+    def _idmap(self, version: int) -> str:
+        if self.idmap is None:
+            return ""
+        if self.driver_type != "virtiofs":
+            reason = "idmap: of virtiofs alone; for a container, the domain has it"
+            raise exceptions.InvalidArgument(reason)
+        # Without it the guest would be other users than those that it is to be.
+        if version < _IDMAP_SINCE:
+            raise exceptions.Unsupported("an idmap in <filesystem>", "libvirt knows it since 10.0.0")
+        return self.idmap.element("  ")
 
     @classmethod
     def parse(cls, xml: str) -> LibvirtConfigGuestFilesys:
@@ -142,4 +159,5 @@ class LibvirtConfigGuestFilesys:
             limit = root.find(name)
             if limit is not None:
                 found[name] = read_size(name, limit)
+        found["idmap"] = LibvirtConfigGuestIDMap.read(root.find("idmap"))
         return cls(readonly=root.find("readonly") is not None, **found)

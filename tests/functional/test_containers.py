@@ -16,7 +16,7 @@ import pytest
 
 import imagebackend
 from imagebackend import exceptions
-from imagebackend.guest import LibvirtConfigGuestFilesys
+from imagebackend.guest import LibvirtConfigGuestFilesys, LibvirtConfigGuestIDMap, LibvirtConfigGuestIDRange
 from imagebackend.images.base import Image
 from tests.contract.conftest import configured
 from tests.functional.test_trees import mounted
@@ -29,6 +29,7 @@ INIT = """\
 b=/bin/busybox
 $b awk '$2 == "/" { print $3 }' /proc/mounts >/said.partial
 $b cat /etc/template >>/said.partial
+$b cat /proc/self/uid_map >/uids
 $b mv /said.partial /said
 $b sync
 while true; do $b sleep 1; done
@@ -56,7 +57,7 @@ def folder() -> Iterator[Path]:
         yield Path(path)
 
 
-def domain_xml(*filesystems: LibvirtConfigGuestFilesys) -> str:
+def domain_xml(*filesystems: LibvirtConfigGuestFilesys, idmap: str = "") -> str:
     elements = "".join(each.to_xml() for each in filesystems)
     return f"""\
 <domain type="lxc">
@@ -64,6 +65,7 @@ def domain_xml(*filesystems: LibvirtConfigGuestFilesys) -> str:
   <memory unit="MiB">64</memory>
   <vcpu>1</vcpu>
   <os><type>exe</type><init>/sbin/init</init></os>
+  {idmap}
   <devices>
 {elements}    <console type="pty"/>
   </devices>
@@ -134,6 +136,24 @@ def test_a_container_starts_from_a_folder(libvirt_lxc: libvirt.virConnect, root:
         assert words.read_text().endswith("made by the library")
     assert not (root / "said").exists()
     imagebackend.remove_root(conf, "container")
+
+
+def test_a_container_whose_users_are_others_on_the_host_starts_from_a_folder(
+    libvirt_lxc: libvirt.virConnect, root: Path, folder: Path
+) -> None:
+    filesystem = imagebackend.clone_root(configured(folder / "instances", "raw"), str(root), "container")
+    clone = folder / "instances" / "container" / "root"
+    subprocess.run(["chown", "--recursive", "100000:200000", clone], check=True)
+    folder.chmod(0o755)
+    users, groups = (LibvirtConfigGuestIDRange(0, target, 65536) for target in (100000, 200000))
+    # The kernel lets nobody but the root user of a network's own namespace mount /sys.
+    idmap = LibvirtConfigGuestIDMap(uid=[users], gid=[groups]).to_xml() + "<features><privnet/></features>"
+
+    with running(libvirt_lxc, domain_xml(filesystem, idmap=idmap)):
+        deadline.wait_for((clone / "said").exists, seconds=60, what="a word from the container")
+
+    assert (clone / "uids").read_text().split() == ["0", "100000", "65536"]
+    assert ((clone / "said").stat().st_uid, (clone / "said").stat().st_gid) == (100000, 200000)
 
 
 def test_a_path_that_is_too_long_for_libvirt_is_told(

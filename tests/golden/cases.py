@@ -12,6 +12,8 @@ from imagebackend.guest import (
     LibvirtConfigGuestDiskEncryption,
     LibvirtConfigGuestDiskEncryptionSecret,
     LibvirtConfigGuestFilesys,
+    LibvirtConfigGuestIDMap,
+    LibvirtConfigGuestIDRange,
 )
 
 FOLDER = Path(__file__).parent
@@ -156,6 +158,10 @@ DISKS = {
     "disk-ploop": disk(driver_format="ploop", source_path="/srv/instances/4c1b/disk/root.hds"),
 }
 
+IDMAP = LibvirtConfigGuestIDMap(
+    uid=(LibvirtConfigGuestIDRange(0, 100000, 65535), LibvirtConfigGuestIDRange(65535, 4294967294, 1)),
+    gid=(LibvirtConfigGuestIDRange(0, 200000, 65536),),
+)
 FILESYSTEMS = {
     "filesystem-file-loop": LibvirtConfigGuestFilesys(source_type="file", source_file="/srv/instances/4c1b/disk"),
     "filesystem-file-nbd": LibvirtConfigGuestFilesys(
@@ -178,6 +184,13 @@ FILESYSTEMS = {
     "filesystem-bind": LibvirtConfigGuestFilesys(source_type="bind", source_dir="/a", target_dir="/b"),
     "filesystem-template": LibvirtConfigGuestFilesys(source_type="template", source_name="debian-12", accessmode=None),
     "filesystem-ram": LibvirtConfigGuestFilesys(source_type="ram", source_usage=65536, target_dir="/tmp"),
+}
+
+#: What Debian 12's libvirt does not know, and must not be told.
+NEWER: dict[str, LibvirtConfigGuestFilesys] = {
+    "filesystem-idmap": LibvirtConfigGuestFilesys(
+        source_dir="/srv/shared", target_dir="shared", driver_type="virtiofs", idmap=IDMAP
+    ),
 }
 
 CASES: dict[str, LibvirtConfigGuestDisk | LibvirtConfigGuestFilesys] = {**DISKS, **FILESYSTEMS}

@@ -21,8 +21,9 @@ from imagebackend.guest import (
     LibvirtConfigGuestDiskEncryption,
     LibvirtConfigGuestDiskEncryptionSecret,
     LibvirtConfigGuestFilesys,
+    LibvirtConfigGuestIDMap,
 )
-from tests.golden.cases import CASES, FOLDER
+from tests.golden.cases import CASES, FOLDER, IDMAP, NEWER
 from tests.golden.domain import domain_xml
 
 # Debian 12's: package libvirt0 9.0.0.
@@ -36,7 +37,9 @@ CLASSES = [
     LibvirtConfigGuestDiskEncryptionSecret,
     LibvirtConfigGuestDeviceAddressDrive,
     LibvirtConfigGuestFilesys,
+    LibvirtConfigGuestIDMap,
 ]
+ALL = {**CASES, **NEWER}
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +47,21 @@ def schema() -> etree.RelaxNG:
     return etree.RelaxNG(etree.parse(SCHEMA))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_xml_is_the_golden_file(name: str, request: pytest.FixtureRequest) -> None:
     golden = FOLDER / f"{name}.xml"
     if request.config.getoption("--regenerate-golden"):
-        golden.write_text(CASES[name].to_xml(), encoding="utf-8")
-    assert CASES[name].to_xml() == golden.read_text(encoding="utf-8")
+        golden.write_text(ALL[name].to_xml(), encoding="utf-8")
+    assert ALL[name].to_xml() == golden.read_text(encoding="utf-8")
 
 
 def test_every_golden_file_has_a_case() -> None:
-    assert sorted(path.stem for path in FOLDER.glob("*.xml")) == sorted(CASES)
+    assert sorted(path.stem for path in FOLDER.glob("*.xml")) == sorted(ALL)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_golden_file_is_read_back(name: str) -> None:
-    case = CASES[name]
+    case = ALL[name]
     read = type(case).parse((FOLDER / f"{name}.xml").read_text(encoding="utf-8"))
     if isinstance(case, LibvirtConfigGuestDisk):
         # Written without the brackets that some callers have around an IPv6 address.
@@ -82,6 +85,19 @@ def test_what_the_schema_does_not_know_is_left_out_for_that_version(
     assert attribute in newest
     assert attribute not in CASES[name].to_xml(SCHEMA_VERSION)
     assert not schema.validate(etree.fromstring(domain_xml(newest, "test")))
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_what_an_older_libvirt_must_know_is_no_xml_for_it(name: str, schema: etree.RelaxNG) -> None:
+    assert not schema.validate(etree.fromstring(domain_xml(NEWER[name].to_xml(), "test")))
+    with pytest.raises(exceptions.Unsupported):
+        NEWER[name].to_xml(SCHEMA_VERSION)
+
+
+def test_the_idmap_of_a_container_is_valid_by_the_schema_of_libvirt(schema: etree.RelaxNG) -> None:
+    domain = domain_xml("", "lxc", boot="exe").replace("<devices>", f"{IDMAP.to_xml()}<devices>")
+    assert schema.validate(etree.fromstring(domain)), schema.error_log
+    assert LibvirtConfigGuestIDMap.parse(IDMAP.to_xml()) == IDMAP
 
 
 def _objects(owner: Any) -> list[Any]:
@@ -113,7 +129,7 @@ def _shows_in_xml(case: Any, owner: Any, each: dataclasses.Field[Any]) -> bool:
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_every_attribute_is_in_a_golden_file(kind: type) -> None:
     seen = set()
-    for case in CASES.values():
+    for case in ALL.values():
         for owner in _objects(case):
             if isinstance(owner, kind):
                 changed = [each for each in dataclasses.fields(owner) if getattr(owner, each.name) != _default(each)]

@@ -17,6 +17,8 @@ from imagebackend.guest import (
     LibvirtConfigGuestDiskBackingStore,
     LibvirtConfigGuestDiskEncryption,
     LibvirtConfigGuestFilesys,
+    LibvirtConfigGuestIDMap,
+    LibvirtConfigGuestIDRange,
 )
 from tests.golden.cases import SECRET, disk, luks, rbd
 
@@ -119,6 +121,13 @@ def test_network_disk_is_refused(attributes: dict[str, Any], message: str) -> No
     assert message in str(caught.value)
 
 
+ONE, BAD = LibvirtConfigGuestIDRange(0, 1000, 1), LibvirtConfigGuestIDRange(0, -1, 1)
+
+
+def idmap(uid: LibvirtConfigGuestIDRange, *gid: LibvirtConfigGuestIDRange) -> LibvirtConfigGuestIDMap:
+    return LibvirtConfigGuestIDMap(uid=(uid,), gid=gid)
+
+
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
@@ -131,6 +140,9 @@ def test_network_disk_is_refused(attributes: dict[str, Any], message: str) -> No
         ({"source_dir": "/a", "driver_type": "fuse"}, "driver_type: 'fuse' is not one of"),
         ({"source_dir": "/a", "accessmode": "none"}, "accessmode: 'none' is not one of"),
         ({"source_dir": "/a", "space_hard_limit": -1}, "space_hard_limit: -1 is not between"),
+        ({"source_dir": "/a", "idmap": idmap(ONE, ONE)}, "idmap: of virtiofs alone"),
+        ({"source_dir": "/a", "driver_type": "virtiofs", "idmap": idmap(ONE)}, "idmap: users and groups are needed"),
+        ({"source_dir": "/a", "driver_type": "virtiofs", "idmap": idmap(BAD, ONE)}, "target: -1 is not between"),
     ],
 )
 def test_filesystem_is_refused(attributes: dict[str, Any], message: str) -> None:
@@ -191,6 +203,10 @@ def test_older_libvirt_keeps_native_and_threads() -> None:
         (lambda: rbd(ephemeral_encryption=luks(engine="librbd")), 7009000),
         (lambda: rbd(ephemeral_encryption=luks(format="luks-any")), 9003000),
         (lambda: LibvirtConfigGuestFilesys(source_dir="/a", driver_type="virtiofs"), 6002000),
+        (
+            lambda: LibvirtConfigGuestFilesys(source_dir="/a", driver_type="virtiofs", idmap=idmap(ONE, ONE)),
+            10000000,
+        ),
     ],
 )
 def test_older_libvirt_is_an_error_where_the_guest_would_see_other_data(
@@ -318,3 +334,8 @@ def test_lxml_is_imported_only_to_parse() -> None:
 def test_repr_shows_what_is_set() -> None:
     shown = repr(LibvirtConfigGuestDisk(target_dev="vda"))
     assert shown == "LibvirtConfigGuestDisk(source_type='file', source_device='disk', target_dev='vda')"
+
+
+def test_an_idmap_that_lacks_a_number_is_refused() -> None:
+    with pytest.raises(exceptions.InvalidArgument, match="<gid>: start, target and count are needed"):
+        LibvirtConfigGuestIDMap.parse('<idmap><gid start="0" count="1"/></idmap>')
