@@ -96,6 +96,34 @@ def test_a_raw_disk_elsewhere_writes_the_data_and_not_the_holes(ext4_folder: Pat
     assert 65536 <= counts.bytes_written < 65536 + 8192
 
 
+def test_a_ploop_disk_on_a_reflink_file_system_costs_the_same_whatever_the_templates_size(xfs_folder: Path) -> None:
+    """Of the template that is one image of 100 MiB, and of the one that has 64 KiB of data."""
+    more = """
+def fetch_full(target):
+    with open(target, "r+b") as file:
+        for _ in range(100):
+            file.write(os.urandom(1 << 20))
+        file.truncate(1 << 30)
+backend.image("instance-full", "disk").cache(fetch_full, "full", 1 << 30)
+"""
+    small = counted(xfs_folder / "less", f"make(0, {GIB})", "ploop", more)
+    create = f'backend.image("instance0", "disk").cache(fetch_full, "full", {GIB})'
+    full = counted(xfs_folder / "full", create, "ploop", more)
+
+    assert (small.processes, small.threads, small.execs) == (0, 0, 0)
+    assert small.syncs == 5  # the image, the descriptor, the record, the disk's folder and the one above
+    assert small.bytes_written < 2048
+    assert small.by_name == full.by_name
+    assert small.bytes_written == full.bytes_written
+
+
+def test_a_ploop_disk_elsewhere_writes_the_data_and_not_the_holes(ext4_folder: Path) -> None:
+    counts = counted(ext4_folder, f"make(0, {2 * GIB})", "ploop")
+
+    assert (counts.processes, counts.threads, counts.execs) == (0, 0, 0)
+    assert 65536 <= counts.bytes_written < 65536 + 8192
+
+
 @pytest.mark.parametrize("folder", ["ext4_folder", "xfs_folder"])
 @pytest.mark.parametrize("compress", [(), ("-c",)], ids=["plain", "compressed"])
 def test_a_qcow2_template_becomes_raw_with_its_data_written_once(

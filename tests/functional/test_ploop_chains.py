@@ -301,3 +301,45 @@ def test_a_snapshot_whose_disk_has_no_room_leaves_everything(step: int, small_tm
     assert store.files() == files
     image.create_snap("one")
     assert [snapshot.name for snapshot in image.list_snaps()] == ["one"]
+
+
+def fill(target: str) -> None:
+    with open(target, "r+b") as file:
+        file.write(os.urandom(MIB))
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda store, image: store.make(size=16 * MIB, disk_name="other"),
+        lambda store, image: store.image("other").create_from_func(fill, MIB),
+        lambda store, image: image.flatten(),
+        lambda store, image: image.import_file(image.instance, str(store.sources / "local"), "disk"),
+        lambda store, image: image.snapshot_extract(str(store.sources / "extract"), "qcow2"),
+    ],
+    ids=["create", "fill", "flatten", "import", "extract"],
+)
+def test_work_on_a_disk_without_room_leaves_everything(
+    work: Callable[[PloopStore, Image], object], small_tmpfs: Path
+) -> None:
+    (small_tmpfs / "store").mkdir()
+    store = PloopStore(small_tmpfs / "store", "ploop", {})
+    store.raw_template.write_bytes(b"small" * 50_000)
+    (store.sources / "local").write_bytes(os.urandom(MIB))
+    image = store.make(size=4 * MIB)
+    tool(image, "snapshot", "-u", GUIDS[0])
+    before, descriptor = read(store, image), descriptor_of(image)
+    (store.sources / "read").unlink()
+    files = store.files()
+    free = os.statvfs(small_tmpfs)
+    (small_tmpfs / "filler").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 64 * 1024)))
+
+    # What fills a disk raises its own error.
+    with pytest.raises((exceptions.InsufficientSpace, exceptions.ToolFailed, OSError)):
+        work(store, image)
+
+    (small_tmpfs / "filler").unlink()
+    assert store.files() == files
+    assert descriptor_of(image) == descriptor
+    assert read(store, image) == before
+    work(store, image)
