@@ -164,9 +164,11 @@ def test_clones_in_a_pool_hold_leases_on_what_the_cache_has(
     assert [each.owner for each in backend.rebuild_leases().dropped] == [before[0].owner]
 
 
-@pytest.fixture
-def domain(libvirt_qemu: libvirt.virConnect, store: Store) -> Iterator[libvirt.virDomain]:
-    """A domain that is only defined, whose disk is elsewhere than ours are, and made from a template."""
+@pytest.fixture(params=["defined", "running"])
+def domain(
+    request: pytest.FixtureRequest, libvirt_qemu: libvirt.virConnect, store: Store
+) -> Iterator[libvirt.virDomain]:
+    """A domain that is only defined, or only runs, whose disk is elsewhere than ours are, and made from a template."""
     store.make()
     path = store.sources / "imported.qcow2"
     base = store.folder / "_base" / store.backend.templates.get("template").file
@@ -174,9 +176,14 @@ def domain(libvirt_qemu: libvirt.virConnect, store: Store) -> Iterator[libvirt.v
     xml = f"""<domain type="qemu"><name>guest-{uuid.uuid4()}</name><memory>65536</memory><os><type>hvm</type></os>
         <devices><disk type="file"><driver name="qemu" type="qcow2"/><source file="{path}"/><target dev="vda"/></disk>
         <disk type="file" device="cdrom"><target dev="hdc"/></disk></devices></domain>"""
-    defined = libvirt_qemu.defineXML(xml)
-    yield defined
-    defined.undefine()
+    if request.param == "defined":
+        defined = libvirt_qemu.defineXML(xml)
+        yield defined
+        defined.undefine()
+    else:
+        running = libvirt_qemu.createXML(xml)
+        yield running
+        running.destroy()
 
 
 def test_the_disks_of_libvirts_domains_count_wherever_they_are(
