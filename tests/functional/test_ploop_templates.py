@@ -151,8 +151,9 @@ def test_a_disk_of_several_images_becomes_a_template(as_source: Callable[[Path],
     assert not [name for name in store.files() if "tree" in name or "download" in name]
 
 
-def test_a_disk_of_one_image_and_of_the_library_becomes_a_template(ext4_folder: Path) -> None:
-    store = PloopStore(ext4_folder, "ploop", {})
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_disk_of_the_library_with_snapshots_becomes_a_template(durable: bool, ext4_folder: Path) -> None:
+    store = PloopStore(ext4_folder, "ploop", {"durable_writes": durable})
     first = store.make(size=16 * MIB)
     first.create_snap("one")
     store.write(first, 10 * MIB, MIB, 7)
@@ -282,6 +283,30 @@ def test_a_disk_that_means_no_good_is_refused_and_nothing_stays(
     with pytest.raises(exceptions.ImageUnacceptable, match=reason):
         fetch(store, as_source(disk))
 
+    assert not left_of(store)
+
+
+def test_an_image_may_seem_to_be_a_tick_newer_than_the_descriptor_that_came_after_it(ext4_folder: Path) -> None:
+    """As on kernels whose clock for files goes in steps of that, where a program sets a time to the nanosecond."""
+    store = Store(ext4_folder, "raw", {})
+    disk = chained(store.sources)
+    described_at = (disk / ploop.NAME).stat().st_mtime_ns
+    os.utime(disk / ploop.ROOT_IMAGE, ns=(described_at, described_at + 4_000_000))
+    fetch(store, disk)
+
+
+def test_a_disk_that_is_written_to_meanwhile_is_refused(ext4_folder: Path) -> None:
+    store = Store(ext4_folder, "raw", {})
+    disk = chained(store.sources)
+
+    def write(done: int, total: int) -> None:
+        written(2 * MIB, b"new")(disk)
+        os.utime(disk / ploop.ROOT_IMAGE)
+
+    with pytest.raises(exceptions.ImageUnacceptable, match="it was written to while it was read"):
+        store.backend.templates.fetch(
+            "container", open_source(str(disk), store.conf, disk_format="ploop").fetch, progress=write
+        )
     assert not left_of(store)
 
 

@@ -19,6 +19,8 @@ __all__ = ["inspect", "opened_disk"]
 _LARGEST_DESCRIPTOR = 1 << 20
 #: Of all block tables of a disk together: 256 MiB in memory.
 _MOST_ENTRIES = 1 << 26
+#: The kernel's clock for files goes in steps of up to this: what comes later may seem older than a time that was set.
+_TICK = 10_000_000
 
 
 def inspect(subject: Subject) -> Verdict:
@@ -39,23 +41,23 @@ def opened_disk(folder: str, name: str) -> Iterator[tuple[ploop.Header, list[tup
 
     Nothing is opened but the descriptor and the images that it names, and no link is followed.
 
-    :param folder: nobody changes it meanwhile.
+    :param folder: nobody changes it meanwhile, which is looked at after the block.
     :param name: what to call it in errors.
     :returns: the header of the image that is written to; and each image below it, open for reading, the lowest first,
         with what in it is not hidden by those above.
-    :raises ImageUnacceptable: there is no descriptor; it, or an image, breaks the format's rules or is not there; or
-        an image that is below another one was written to.
+    :raises ImageUnacceptable: there is no descriptor; it, or an image, breaks the format's rules or is not there; an
+        image that is below another one was written to; or one was written to meanwhile.
     :raises StorageError: the operating system does not let one of them be read.
     """
     with contextlib.ExitStack() as stack:
         path = f"{name}/{ploop.NAME}"
         described = stack.enter_context(_opened(folder, ploop.NAME, path))
-        content = os.pread(described.descriptor, _LARGEST_DESCRIPTOR, 0)
-        disk = ploop.parse_descriptor(content, path)
+        disk = ploop.parse_descriptor(described.read_up_to(0, _LARGEST_DESCRIPTOR), path)
         images = {
             delta.guid: stack.enter_context(_opened(folder, delta.file, f"{name}/{delta.file}"))
             for delta in disk.deltas
         }
+        before = {guid: _state(image) for guid, image in images.items()}
         headers = {guid: _header(image) for guid, image in images.items()}
         _check(disk, headers, images, described)
         chain = [delta.guid for delta in disk.chain(ploop.TOP)]
@@ -67,13 +69,17 @@ def opened_disk(folder: str, name: str) -> Iterator[tuple[ploop.Header, list[tup
         top = headers[ploop.TOP]
         runs = ploop.data_runs([tables[guid] for guid in chain], top)
         yield top, [(images[guid].descriptor, here) for guid, here in zip(chain, runs, strict=True)]
+        for guid, image in images.items():
+            if _state(image) != before[guid]:
+                raise image.refusal("it was written to while it was read")
 
 
 def _check(
     disk: ploop.Descriptor, headers: dict[str, ploop.Header], images: dict[str, Subject], described: Subject
 ) -> None:
     """Make sure that images are as their descriptor says."""
-    changed = os.fstat(described.descriptor).st_mtime_ns
+    changed = os.fstat(described.descriptor).st_mtime_ns + _TICK
+    below = {delta.guid for delta in disk.chain(ploop.TOP)} - {ploop.TOP}
     if sum(header.entries for header in headers.values()) > _MOST_ENTRIES:
         raise described.refusal(f"the block tables of its images have more than {_MOST_ENTRIES} entries")
     for guid, header in headers.items():
@@ -81,7 +87,7 @@ def _check(
         if header.cluster_size != disk.cluster_size:
             reason = f"its clusters have {header.cluster_size} bytes, {disk.cluster_size} are described"
             raise image.refusal(reason)
-        if guid != ploop.TOP and os.fstat(image.descriptor).st_mtime_ns > changed:
+        if guid in below and os.fstat(image.descriptor).st_mtime_ns > changed:
             reason = (
                 f"it was written to after another image was put on top of it; if what it holds is right, "
                 f"'touch {ploop.NAME}'"
@@ -91,6 +97,11 @@ def _check(
     if size != disk.virtual_size:
         reason = f"it has {size} bytes, {disk.virtual_size} are described; 'ploop grow' sets that right"
         raise images[ploop.TOP].refusal(reason)
+
+
+def _state(image: Subject) -> tuple[int, int]:
+    found = os.fstat(image.descriptor)
+    return found.st_size, found.st_mtime_ns
 
 
 def _header(image: Subject) -> ploop.Header:
