@@ -96,7 +96,9 @@ class PloopTemplates(NativeTemplates):
 
     def remove(self, name: str) -> None:
         there = False
-        for file in self._files():
+        # Only what has or had the name is read, however many others there are.
+        base = record.base_name(name)
+        for file in [each for each in self._files() if record.base_name(each) == base]:
             facts = self._facts(file)
             if facts is not None and facts["name"] == name:
                 with self._lock(file):
