@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -149,15 +150,25 @@ def _keep_capabilities(folder: Path) -> None:
 
 
 def _wait_until_ready(folder: Path, daemon: subprocess.Popen[bytes]) -> None:
-    socket = folder / "socket" / "libvirt-sock"
+    path = str(folder / "socket" / "libvirt-sock")
     try:
         deadline.wait_for(
-            lambda: socket.exists() or daemon.poll() is not None, seconds=_START_TIMEOUT, what="libvirtd's socket"
+            lambda: _answers(path) or daemon.poll() is not None, seconds=_START_TIMEOUT, what="libvirtd's socket"
         )
     except TimeoutError as error:
         raise RuntimeError(f"{error}; it said:\n{_said(folder)}") from error
     if daemon.poll() is not None:
         raise RuntimeError(f"libvirtd ended; it said:\n{_said(folder)}")
+
+
+def _answers(path: str) -> bool:
+    """Return whether somebody listens at a socket, which is there before that."""
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(path)
+        except OSError:
+            return False
+    return True
 
 
 def _said(folder: Path) -> str:

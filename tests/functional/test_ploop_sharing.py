@@ -41,16 +41,14 @@ def disk_on(base: Path, folder: Path, *, with_sibling: bool = False) -> Path:
 
 
 @pytest.fixture
-def base(ext4_folder: Path) -> Path:
-    path = image(ext4_folder / "base")
+def base(tmp_path: Path) -> Path:
+    path = image(tmp_path / "base")
     ploop_tool.qemu_io(path, "write -P 1 0 8M")
     return path
 
 
-def test_libvirt_gives_no_guest_an_image_of_ploop_on_top_of_another(
-    base: Path, ext4_folder: Path, start_guest
-) -> None:
-    top = disk_on(base, ext4_folder / "disk")
+def test_libvirt_gives_no_guest_an_image_of_ploop_on_top_of_another(base: Path, tmp_path: Path, start_guest) -> None:
+    top = disk_on(base, tmp_path / "disk")
     disk = f"""
 <disk type='file' device='disk'>
   <driver name='qemu' type='ploop'/>
@@ -62,19 +60,19 @@ def test_libvirt_gives_no_guest_an_image_of_ploop_on_top_of_another(
         start_guest(disk)
 
 
-def test_what_ploop_merges_in_one_disk_all_that_share_its_base_have(base: Path, ext4_folder: Path) -> None:
-    one, other = disk_on(base, ext4_folder / "one"), disk_on(base, ext4_folder / "other")
+def test_what_ploop_merges_in_one_disk_all_that_share_its_base_have(base: Path, tmp_path: Path) -> None:
+    one, other = disk_on(base, tmp_path / "one"), disk_on(base, tmp_path / "other")
     ploop_tool.qemu_io(one, "write -P 7 1M 1M")
-    before = ploop_tool.read(ext4_folder / "read", Path(f"{other}.base"), other)
+    before = ploop_tool.read(tmp_path / "read", Path(f"{other}.base"), other)
 
     ploop_tool.ploop("snapshot-merge", one.parent / ploop.NAME)
 
-    assert ploop_tool.read(ext4_folder / "read", Path(f"{other}.base"), other) != before
+    assert ploop_tool.read(tmp_path / "read", Path(f"{other}.base"), other) != before
 
 
-def test_a_sibling_keeps_ploop_from_merging_but_not_from_writing_there(base: Path, ext4_folder: Path) -> None:
+def test_a_sibling_keeps_ploop_from_merging_but_not_from_writing_there(base: Path, tmp_path: Path) -> None:
     """It merges into no image that two are on, until one of them goes: then the shared one is what is written to."""
-    disk = disk_on(base, ext4_folder / "disk", with_sibling=True)
+    disk = disk_on(base, tmp_path / "disk", with_sibling=True)
     descriptor = disk.parent / ploop.NAME
     ploop_tool.ploop("snapshot-merge", descriptor, success=(38,))
 
