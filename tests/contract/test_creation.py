@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+from typing import Any
 
 import pytest
 
@@ -108,10 +109,11 @@ def test_a_template_in_the_cache_that_is_too_large_is_refused_and_stays(store: S
     assert store.files() == before
 
 
-@pytest.mark.parametrize("size", [0, -512, 1, 8 * MIB + 1, 1 << 63, True, "8", 1.5])
-def test_sizes_that_no_disk_has_are_refused(store: Store, size: object) -> None:
-    with pytest.raises(exceptions.InvalidSize):
-        store.make(size=size)  # type: ignore[arg-type]  # hostile on purpose
+def test_sizes_that_no_disk_has_are_refused(store: Store, subtests: pytest.Subtests) -> None:
+    sizes: tuple[Any, ...] = (0, -512, 1, 8 * MIB + 1, 1 << 63, True, "8", 1.5)
+    for size in sizes:
+        with subtests.test(size=size), pytest.raises(exceptions.InvalidSize):
+            store.make(size=size)
     assert store.fetches == []
 
 
@@ -197,17 +199,21 @@ def test_an_existing_disk_is_not_filled_again(store: Store) -> None:
     assert image.get_disk_size(image.path) == 8 * MIB
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["", "../x", "/x", ".x", "-x", "a/b", "rbd:x", "json:{}", "a,b", "a\nb", "a\n", "é", "x" * 129, "\udcff", None, 7],
+HOSTILE_NAMES: tuple[Any, ...] = (
+    *("", "../x", "/x", ".x", "-x", "a/b", "rbd:x", "json:{}", "a,b", "a\nb", "a\n", "é", "x" * 129, "\udcff"),
+    *(None, 7),
 )
-def test_hostile_names_are_refused(store: Store, name: object) -> None:
-    with pytest.raises(exceptions.InvalidName):
-        store.image(disk_name=name)  # type: ignore[arg-type]  # hostile on purpose
-    with pytest.raises(exceptions.InvalidName):
-        store.image(instance=name)  # type: ignore[arg-type]  # hostile on purpose
-    with pytest.raises(exceptions.InvalidName):
-        store.image().cache(store.fetch, name, 8 * MIB)  # type: ignore[arg-type]  # hostile on purpose
+
+
+def test_hostile_names_are_refused(store: Store, subtests: pytest.Subtests) -> None:
+    for name in HOSTILE_NAMES:
+        with subtests.test(name=ascii(name)):
+            with pytest.raises(exceptions.InvalidName):
+                store.image(disk_name=name)
+            with pytest.raises(exceptions.InvalidName):
+                store.image(instance=name)
+            with pytest.raises(exceptions.InvalidName):
+                store.image().cache(store.fetch, name, 8 * MIB)
     assert store.fetches == []
 
 

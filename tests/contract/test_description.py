@@ -91,10 +91,11 @@ def test_discard_is_as_the_operator_says(store: Store) -> None:
     assert image.libvirt_info("virtio", "vda", "disk", "none", {}).driver_discard == "unmap"
 
 
-@pytest.mark.parametrize("value", ["-1", "1e3", "٣", "", "x", "99999999999999999999"])
-def test_limits_that_are_no_numbers_are_refused(store: Store, value: str) -> None:
-    with pytest.raises(exceptions.InvalidArgument, match="quota:disk_read_bytes_sec"):
-        store.make().libvirt_info("virtio", "vda", "disk", "none", {"quota:disk_read_bytes_sec": value})
+def test_limits_that_are_no_numbers_are_refused(store: Store, subtests: pytest.Subtests) -> None:
+    image = store.make()
+    for value in ("-1", "1e3", "٣", "", "x", "99999999999999999999"):
+        with subtests.test(value), pytest.raises(exceptions.InvalidArgument, match="quota:disk_read_bytes_sec"):
+            image.libvirt_info("virtio", "vda", "disk", "none", {"quota:disk_read_bytes_sec": value})
 
 
 def test_a_container_gets_the_disk_by_a_driver_for_its_format(store: Store) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from imagebackend import exceptions
+from imagebackend.images.base import Image
 from tests.contract.conftest import MIB, TEMPLATE_SIZE, Store, template_content
 from tests.functional.image_building import held
 
@@ -202,10 +203,15 @@ def test_a_template_that_a_disk_depends_on_is_not_removed(store: Store) -> None:
     store.backend.templates.remove("template")
 
 
-@pytest.mark.parametrize("out_format", [None, "raw", "qcow2", "vmdk", "vdi"])
-def test_an_extract_stands_alone(store: Store, out_format: str | None) -> None:
+def test_an_extract_stands_alone(store: Store, subtests: pytest.Subtests) -> None:
     image = store.make()
     store.write(image, 6 * MIB, MIB, 3)
+    for out_format in (None, "raw", "qcow2", "vmdk", "vdi"):
+        with subtests.test(out_format=out_format):
+            check_extract(store, image, out_format)
+
+
+def check_extract(store: Store, image: Image, out_format: str | None) -> None:
     target = store.sources / "extract"
     progress: list[tuple[int, int]] = []
 
