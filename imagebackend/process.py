@@ -222,7 +222,8 @@ def _await_exit(child: subprocess.Popen[bytes], shown: list[str], deadline: floa
 
 def _kill(child: subprocess.Popen[bytes]) -> int:
     # Also after success: a grandchild that kept running in the group would outlive the call.
-    with contextlib.suppress(ProcessLookupError):
+    # One that a helper has made root is not ours to kill, even when it has ended; one that has not ends by itself.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     return child.wait()
 

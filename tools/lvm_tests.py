@@ -19,15 +19,15 @@ __all__ = ["has_device_mapper", "main"]
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / ".tox" / "lvm"
 
-_FAULTS = "tests/lvm/test_lvm_faults.py"
+_KILLED = "tests/lvm/test_lvm_killed.py"
 _BOOT = "tests/lvm/boot"
 
 #: What each guest runs, so that none takes much longer than the others; "boot" runs guests itself.
 SHARES: dict[str, list[str]] = {
-    "one": [_FAULTS, "tests/contract", "--stores", "lvm-thin"],
+    "one": [_KILLED, "tests/contract", "--stores", "lvm-thin"],
     "two": [
         "tests/lvm",
-        f"--ignore={_FAULTS}",
+        f"--ignore={_KILLED}",
         f"--ignore={_BOOT}",
         "tests/contract",
         "--stores",

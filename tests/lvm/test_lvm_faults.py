@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong with volumes: killed processes, full pools, devices that fail, names and tags that are not ours."""
+"""What goes wrong with volumes: full pools, bad devices, groups that are gone, names and tags that are not ours."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,63 +15,9 @@ from imagebackend import exceptions
 from imagebackend.images.base import Image
 from imagebackend.images.lvm import Lvm
 from imagebackend.storage.lvm2 import Layout, VolumeGroup
-from tests.contract.conftest import MIB, TEMPLATE_SIZE, LvmStore, open_store, template_content
-from tests.functional.test_faults import OPERATIONS, again, check_left, run, state_of, steps_of
+from tests.contract.conftest import MIB, TEMPLATE_SIZE, LvmStore, template_content
 from tests.lvm import volume_groups
 from tests.lvm.volume_groups import group_on, loop_device
-
-# What other backends' sweeps do not cover: steps that change volumes.
-OWN_STEPS = ("disk.", "template.copy.", "template.size.")
-SWEPT = {
-    "lvm-thin": ("create, cold", "roll back"),
-    "lvm-thick": ("import over a disk",),
-}
-
-
-@pytest.fixture
-def opened(request: pytest.FixtureRequest) -> Callable[..., LvmStore]:
-    """Return what opens a store by the name that it has in the contract suite."""
-
-    def open_by_name(name: str, **options: Any) -> LvmStore:
-        store = open_store(name, request)
-        assert isinstance(store, LvmStore)
-        store.conf.set_override("lock_timeout", 5.0)
-        for option, value in options.items():
-            store.conf.set_override(option, value, group="libvirt")
-        return store
-
-    return open_by_name
-
-
-@pytest.mark.parametrize(("name", "operation"), [(name, each) for name, some in SWEPT.items() for each in some])
-def test_killed_after_any_step_nothing_is_half_made_or_lost(
-    opened: Callable[..., LvmStore], group_folder: Path, name: str, operation: str
-) -> None:
-    chosen = OPERATIONS[operation]
-
-    def fresh() -> LvmStore:
-        shutil.rmtree(group_folder)
-        group_folder.mkdir()
-        store = opened(name)
-        store.empty()
-        chosen.before(store)
-        return store
-
-    store = fresh()
-    before = state_of(store)
-    steps = steps_of(lambda: chosen.act(store))
-    after, files = state_of(store), store.files()
-    assert any(step.startswith(OWN_STEPS) for step in steps)
-
-    for number, step in enumerate(steps):
-        if not step.startswith(OWN_STEPS):
-            continue
-        store = fresh()
-        assert run(number, lambda store=store: chosen.act(store)) == -signal.SIGKILL, step
-        check_left(before, after, state_of(store), step)
-        again(chosen, store)
-        assert state_of(store) == after, f"repeated after {step}"
-        assert store.files() == files, f"left over after {step}"
 
 
 def test_a_full_pool_takes_no_disk_and_says_what_to_do(opened: Callable[..., LvmStore]) -> None:
@@ -166,6 +109,49 @@ def test_devices_that_fail_while_a_disk_is_filled_or_cleared(opened: Callable[..
         assert {volume.name for volume in group.report()} == before
 
 
+def test_a_device_that_fails_while_a_template_is_copied_into_a_pool(
+    opened: Callable[..., LvmStore], tmp_path: Path
+) -> None:
+    with failing_group(tmp_path) as (group, fail):
+        # The metadata where nothing fails, the data where everything does.
+        device = "/dev/mapper/failing"
+        volume_groups.run("lvcreate", "--yes", "-qq", "-L", "4M", "-n", "metadata", group.name, f"{device}:0-8")
+        volume_groups.run("lvcreate", "--yes", "-qq", "-L", "64M", "-n", "thin", group.name, f"{device}:140-210")
+        words = ["--type", "thin-pool", "--poolmetadata", "metadata", f"{group.name}/thin"]
+        volume_groups.run("lvconvert", "--yes", "-qq", *words)
+        store = opened("lvm-thin", images_volume_group=group.name, images_thin_pool="thin")
+
+        fail(True)
+        with pytest.raises(exceptions.StorageError, match="Input/output error"):
+            store.make()
+        assert [volume.kind for volume in group.report()] == ["thin-pool"]
+
+        fail(False)
+        assert store.content(store.make())[:TEMPLATE_SIZE] == template_content()
+        store.image().remove()
+
+
+def test_a_group_that_is_renamed_is_found_by_its_new_name(opened: Callable[..., LvmStore], tmp_path: Path) -> None:
+    store = opened("lvm-thick")
+    with loop_device(tmp_path / "device", 64 * MIB) as device, group_on("before", device) as name:
+        store.conf.set_override("images_volume_group", name, group="libvirt")
+        image = store.make()
+        volume_groups.run("vgrename", name, "after")
+        try:
+            for act in (image.exists, image.remove, lambda: image.libvirt_info("virtio", "vda", "disk", "none", {})):
+                with pytest.raises(exceptions.InvalidConfiguration, match="no volume group before"):
+                    act()
+            store.conf.set_override("images_volume_group", "after", group="libvirt")
+            renamed = store.image()
+            assert renamed.path == image.path.replace("before", "after")
+            assert store.content(renamed)[:TEMPLATE_SIZE] == template_content()
+            renamed.resize_image(16 * MIB)
+            renamed.remove()
+            assert not renamed.exists()
+        finally:
+            volume_groups.run("vgrename", "after", name)
+
+
 def test_groups_that_are_missing_or_lack_a_device(opened: Callable[..., LvmStore], tmp_path: Path) -> None:
     store = opened("lvm-thick", images_volume_group="nosuchgroup")
     for act in (store.make, store.image().remove, store.image().exists):
@@ -249,11 +235,20 @@ def test_what_another_program_made_is_found_and_left_alone(opened: Callable[...,
     assert not image.exists()
 
 
-@pytest.mark.parametrize(("how", "left"), [("zero", b"\0"), ("shred", None), ("discard", b"\0"), ("none", b"x")])
+@pytest.mark.parametrize(
+    ("how", "size", "left"),
+    [
+        ("zero", 0, bytes(4 * MIB)),
+        ("zero", 1, bytes(MIB) + b"x" * (3 * MIB)),
+        ("shred", 0, None),
+        ("discard", 0, bytes(4 * MIB)),
+        ("none", 0, b"x" * (4 * MIB)),
+    ],
+)
 def test_a_removed_volume_is_cleared_as_the_operator_wants(
-    opened: Callable[..., LvmStore], tmp_path: Path, how: str, left: bytes | None
+    opened: Callable[..., LvmStore], tmp_path: Path, how: str, size: int, left: bytes | None
 ) -> None:
-    store = opened("lvm-thick", volume_clear=how)
+    store = opened("lvm-thick", volume_clear=how, volume_clear_size=size)
     with (
         loop_device(tmp_path / "device", 64 * MIB) as device,
         group_on(f"cleared{os.getpid()}", device) as group,
@@ -265,4 +260,4 @@ def test_a_removed_volume_is_cleared_as_the_operator_wants(
         volume_groups.run("lvcreate", "--yes", "-qq", "-Zn", "-Wn", "-L", "4M", "-n", "next", group)
         found = Path(f"/dev/{group}/next").read_bytes()
 
-    assert found == left * (4 * MIB) if left is not None else b"x" * 512 not in found
+    assert found == left if left is not None else b"x" * 512 not in found
