@@ -2,7 +2,7 @@
 """Kill the process after each step that changes volumes; tests/functional/test_faults.py has the operations.
 
 What precedes those steps is what other backends do, too, and is swept there. A step that several operations pass is
-swept in one of them.
+swept in one of them, and what is one command of LVM's in none: growing a thin disk, making or removing its snapshot.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ LARGER = Operation(make, make_larger)
 SWEPT: list[tuple[str, str, str | tuple[str, ...]]] = [
     ("lvm-thin", "create, cold", ("template.copy.", "disk.")),
     ("lvm-thin", "create, larger", "template.size."),
-    ("lvm-thin", "resize", "disk."),
-    ("lvm-thin", "snapshot", "disk."),
     ("lvm-thin", "roll back", "disk."),
-    ("lvm-thin", "remove snapshot", "disk."),
     ("lvm-thin", "remove", "disk."),
     ("lvm-thick", "import over a disk", "disk."),
     ("lvm-thick", "resize", "disk."),
