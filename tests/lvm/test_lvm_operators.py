@@ -16,8 +16,9 @@ import pytest
 import imagebackend
 from imagebackend import exceptions
 from imagebackend.cli.application import application
+from imagebackend.cli.doctor.logical_volumes import judge_group, look_at_group
 from tests.contract.conftest import MIB, TEMPLATE_SIZE, LvmStore, template_content
-from tests.lvm.volume_groups import POOL, run
+from tests.lvm.volume_groups import POOL, run, with_lvm_conf
 
 NOBODY = 65534
 
@@ -125,3 +126,56 @@ def test_an_agent_that_is_not_root_works_on_disks_through_its_helper(store: LvmS
     assert store.image().exists()
     assert as_nobody(lambda: backend.image(instance, "disk").remove()) == 0
     assert not store.image().exists()
+
+
+def test_the_tags_of_the_operator_are_on_all_volumes(store: LvmStore) -> None:
+    store.conf.set_override("images_volume_tags", ["tier1", "backup=no"], group="libvirt")
+    image = store.make()
+    image.create_snap("one")
+    image.rollback_to_snap("one")
+
+    volumes = {volume.name: volume for volume in store.group.report() if volume.name != POOL}
+    assert len(volumes) == 3  # with the template and the snapshot
+    assert Path(image.path).name in volumes
+    assert all(volume.tags >= {"tier1", "backup=no"} for volume in volumes.values())
+
+
+def test_the_doctor_finds_nothing_wrong_with_a_good_group(command: Callable[..., tuple[object, str]]) -> None:
+    findings = {each["check"]: each for each in json.loads(command("--json", "doctor")[1])["findings"]}
+
+    group, pool = findings["[libvirt] images_volume_group"], findings["[libvirt] images_thin_pool"]
+    assert (group["status"], pool["status"]) == ("ok", "ok")
+    assert "1 volumes" in group["message"]
+    assert "0.0 % of its data" in pool["message"]
+
+
+def test_the_doctor_says_what_to_do_about_a_group_that_cannot_be_asked(store: LvmStore) -> None:
+    def diagnose(said: str, advice: str) -> None:
+        (finding,) = judge_group(look_at_group(store.conf), store.conf)
+        assert finding.status == "error"
+        assert said in finding.message
+        assert advice in finding.advice
+
+    assert as_nobody(lambda: diagnose("lvs needs root: run as root, or set [DEFAULT] root_helper", "root_helper")) == 0
+    store.conf.set_override("images_volume_group", "nosuchgroup", group="libvirt")
+    diagnose("there is no volume group nosuchgroup", "vgcreate")
+
+
+def test_a_group_that_the_operator_hides_from_lvm_is_missing(
+    store: LvmStore, session_device: str, tmp_path: Path
+) -> None:
+    def filtered(*patterns: str) -> None:
+        words = ", ".join(f'"{pattern}"' for pattern in patterns)
+        helper = with_lvm_conf(tmp_path / "lvm", f"devices {{ global_filter = [ {words} ] }}")
+        store.conf.set_override("root_helper", " ".join(helper))
+
+    store.make()
+    filtered(f"r|^{session_device}$|")
+    for act in (store.image().exists, store.image().remove, lambda: store.make(disk_name="other")):
+        with pytest.raises(exceptions.InvalidConfiguration, match=f"there is no volume group {store.group.name}"):
+            act()
+    (finding,) = judge_group(look_at_group(store.conf), store.conf)
+    assert "lvm.conf" in finding.advice
+
+    filtered(f"a|^{session_device}$|", "r|.*|")
+    assert store.image().exists()

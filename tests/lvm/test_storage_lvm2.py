@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 from imagebackend import exceptions
 from imagebackend.storage import device_mapper, lvm2
 from imagebackend.storage.lvm2 import Layout, VolumeGroup
-from tests.lvm.volume_groups import MIB, POOL, group_on, loop_device, run
+from tests.lvm.volume_groups import MIB, POOL, group_on, loop_device, run, with_lvm_conf
 
 TAGS = {"imagebackend.kind=disk", "imagebackend.made=2026-01-02T03:04:05.678901Z", "a_b+c/d!e:f&g#h"}
 
@@ -182,6 +184,32 @@ def test_a_group_that_lost_a_device_says_so(tmp_path: Path) -> None:
                 broken.create("other", 4 * MIB, (), Layout())
             run("losetup", two, tmp_path / "two")
         assert "broken" not in run("vgs")
+
+
+def test_a_lock_that_another_command_holds_is_tried_again(group: VolumeGroup, tmp_path: Path) -> None:
+    helper = with_lvm_conf(tmp_path / "lvm", "global { wait_for_locks = 0 }")
+    impatient = VolumeGroup(group.name, timeout=60, root_helper=helper)
+    said: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        said.append(record.getMessage())
+        if len(said) == 4:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        return True
+
+    lvm2.LOG.addFilter(note)
+    try:
+        with open(f"/run/lock/lvm/V_{group.name}", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(exceptions.StorageError, match="Resource temporarily unavailable"):
+                impatient.create("one", MIB, (), Layout())
+            impatient.create("two", MIB, (), Layout())
+    finally:
+        lvm2.LOG.removeFilter(note)
+
+    assert len(said) == 4
+    assert all("lvcreate failed for a reason that may pass" in each for each in said)
+    assert [each.name for each in group.report()] == [POOL, "two"]
 
 
 def test_who_is_not_root_needs_a_helper(group: VolumeGroup) -> None:

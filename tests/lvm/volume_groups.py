@@ -55,6 +55,13 @@ def group_on(name: str, *devices: str, extent: int = EXTENT) -> Iterator[str]:
         subprocess.run(["vgremove", "--yes", "--force", name], capture_output=True, timeout=120)
 
 
+def with_lvm_conf(folder: Path, text: str) -> list[str]:
+    """Return what runs a command of LVM's with another lvm.conf, as words, for ``[DEFAULT] root_helper``."""
+    folder.mkdir(exist_ok=True)
+    (folder / "lvm.conf").write_text(text)
+    return ["env", f"LVM_SYSTEM_DIR={folder}"]
+
+
 def empty(group: VolumeGroup) -> None:
     """Remove everything from a volume group but the thin pool that all tests share, and the mappings on top of it."""
     volumes = group.report()

@@ -47,7 +47,10 @@ def judge_group(found: Group, conf: cfg.ConfigOpts) -> list[Finding]:
     """Return what is to be said of a volume group and of the thin pool in it."""
     name = conf.libvirt.images_volume_group
     if found.failure is not None:
-        advice = "make it (vgcreate) or correct the option; LVM's commands need root: see [DEFAULT] root_helper"
+        advice = (
+            "make it (vgcreate), correct the option, or let LVM see its devices (lvmdevices, filters in lvm.conf); "
+            "LVM's commands need root: see [DEFAULT] root_helper"
+        )
         return [error(_GROUP, str(found.failure), advice)]
     findings = [fine(_GROUP, f"{name}: {len(found.volumes)} volumes")]
     if conf.libvirt.images_thin_pool:
