@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from imagebackend import exceptions
+from imagebackend import exceptions, faults
 from imagebackend.images.base import Image
 from imagebackend.images.lvm import Lvm
 from imagebackend.storage.lvm2 import Layout, VolumeGroup
@@ -60,16 +62,25 @@ def test_a_pool_is_made_if_that_is_wanted_and_is_missed_if_not(opened: Callable[
     store.empty()
 
 
+#: What the second half of a device does, as device-mapper's tables have it. What hangs goes on with the next table.
+HALVES = {
+    "works": "linear {0}",
+    "fails": "error",
+    "comes and goes": "flakey {0} 4 2",
+    "hangs": "delay {0} 0 {0} 3600000 {0} 0",
+}
+
+
 @contextlib.contextmanager
-def failing_group(tmp_path: Path) -> Iterator[tuple[VolumeGroup, Callable[[bool], None]]]:
-    """Give a volume group on a device, and what has the device's second half fail, or work again."""
+def failing_group(tmp_path: Path) -> Iterator[tuple[VolumeGroup, Callable[[str], None]]]:
+    """Give a volume group on a device, and what has the device's second half do one of :data:`HALVES`."""
     size, name = 256 * MIB, "failing"
     sectors, half = size // 512, size // 1024
     # LVM is not to take the loop device for the one that it lies on.
     offset = MIB // 512
 
-    def load(fails: bool) -> None:
-        rest = f"{half} {sectors - half} " + ("error" if fails else f"linear {device} {offset + half}")
+    def load(how: str) -> None:
+        rest = f"{half} {sectors - half} {HALVES[how].format(f'{device} {offset + half}')}"
         table = f"0 {half} linear {device} {offset}\n{rest}\n"
         subprocess.run(["dmsetup", "reload", name], input=table, text=True, check=True, capture_output=True)
         volume_groups.run("dmsetup", "resume", name)
@@ -84,19 +95,19 @@ def failing_group(tmp_path: Path) -> Iterator[tuple[VolumeGroup, Callable[[bool]
 
 
 def test_devices_that_fail_while_a_disk_is_filled_or_cleared(opened: Callable[..., LvmStore], tmp_path: Path) -> None:
-    with failing_group(tmp_path) as (group, fail):
+    with failing_group(tmp_path) as (group, load):
         store = opened("lvm-thick", images_volume_group=group.name)
         group.create("first-half", 124 * MIB, (), Layout())
         before = {volume.name for volume in group.report()}
 
-        fail(True)
+        load("fails")
         with pytest.raises(exceptions.StorageError, match="Input/output error"):
             store.make(size=16 * MIB)
         assert {volume.name for volume in group.report()} == before
 
-        fail(False)
+        load("works")
         image = store.make(size=16 * MIB)
-        fail(True)
+        load("fails")
         with pytest.raises(exceptions.StorageError, match="Input/output error"):
             image.remove()
         # It is no disk any more, but nobody else gets what is on it.
@@ -104,15 +115,89 @@ def test_devices_that_fail_while_a_disk_is_filled_or_cleared(opened: Callable[..
         (left,) = {volume.name for volume in group.report()} - before
         assert "+removed+" in left
 
-        fail(False)
+        load("works")
         assert Lvm.sweep_disks(store.conf) == [left]
         assert {volume.name for volume in group.report()} == before
+
+
+def test_a_device_that_comes_and_goes_fails_calls_and_harms_no_disk(
+    opened: Callable[..., LvmStore], tmp_path: Path
+) -> None:
+    def wait_for_failure(step: str) -> None:
+        if step in ("disk.create.made", "disk.resize.changed"):
+            faults.arm(None)
+            while reads("/dev/mapper/failing", 255 * MIB):
+                pass
+
+    def repeat(act: Callable[[], object], left: set[str]) -> None:
+        """Do ``act`` until the device works for long enough; the first time, it goes away in between."""
+        faults.arm(wait_for_failure)
+        for _ in range(10):
+            try:
+                act()
+                return
+            except exceptions.StorageError:
+                assert {volume.name for volume in group.report()} == left
+        pytest.fail("the device never worked for long enough")
+
+    with failing_group(tmp_path) as (group, load):
+        store = opened("lvm-thick", images_volume_group=group.name)
+        group.create("first-half", 124 * MIB, (), Layout())
+        load("comes and goes")
+        repeat(lambda: store.make(size=8 * MIB), {"first-half"})
+        image = store.image()
+        repeat(lambda: image.resize_image(16 * MIB), {"first-half", Path(image.path).name})
+        load("works")
+
+        content = template_content()
+        assert store.content(image) == content + bytes(16 * MIB - len(content))
+        image.remove()
+        assert [volume.name for volume in group.report()] == ["first-half"]
+
+
+def reads(device: str, offset: int) -> bool:
+    """Return whether a device can be read, past what the kernel remembers of it."""
+    descriptor = os.open(device, os.O_RDONLY | os.O_DIRECT)
+    try:
+        return bool(os.preadv(descriptor, [mmap.mmap(-1, 4096)], offset))
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def test_nobody_waits_for_a_removed_volume_to_be_cleared(opened: Callable[..., LvmStore], tmp_path: Path) -> None:
+    def being_cleared() -> list[bool]:
+        return [volume.open for volume in group.report() if "+removed+" in volume.name]
+
+    with failing_group(tmp_path) as (group, load), ThreadPoolExecutor(1) as threads:
+        store = opened("lvm-thick", images_volume_group=group.name)
+        group.create("first-half", 124 * MIB, (), Layout())
+        image = store.make(size=8 * MIB)
+        # All that is free from here on works.
+        volume_groups.run("lvcreate", "--yes", "-qq", "-Zn", "-Wn", "-l", "100%FREE", "-n", "rest", group.name)
+        group.remove("first-half")
+        load("hangs")
+        try:
+            removal = threads.submit(image.remove)
+            while not any(being_cleared()):
+                assert not removal.done()
+
+            store.make(size=8 * MIB)
+            store.make(disk_name="other").remove()
+            assert store.content(store.image())[:TEMPLATE_SIZE] == template_content()
+            assert being_cleared() == [True]
+        finally:
+            load("works")
+        removal.result()
+        assert being_cleared() == []
+        assert image.exists()
 
 
 def test_a_device_that_fails_while_a_template_is_copied_into_a_pool(
     opened: Callable[..., LvmStore], tmp_path: Path
 ) -> None:
-    with failing_group(tmp_path) as (group, fail):
+    with failing_group(tmp_path) as (group, load):
         # The metadata where nothing fails, the data where everything does.
         device = "/dev/mapper/failing"
         volume_groups.run("lvcreate", "--yes", "-qq", "-L", "4M", "-n", "metadata", group.name, f"{device}:0-8")
@@ -121,12 +206,12 @@ def test_a_device_that_fails_while_a_template_is_copied_into_a_pool(
         volume_groups.run("lvconvert", "--yes", "-qq", *words)
         store = opened("lvm-thin", images_volume_group=group.name, images_thin_pool="thin")
 
-        fail(True)
+        load("fails")
         with pytest.raises(exceptions.StorageError, match="Input/output error"):
             store.make()
         assert [volume.kind for volume in group.report()] == ["thin-pool"]
 
-        fail(False)
+        load("works")
         assert store.content(store.make())[:TEMPLATE_SIZE] == template_content()
         store.image().remove()
 
