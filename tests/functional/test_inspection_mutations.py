@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ class Image:
     """An image of which each example changes a few bytes, and takes the change back."""
 
     path: Path
-    content: bytes
+    content: bytes = field(repr=False)
 
     def change(self, mutations: list[tuple[int, bytes]]) -> None:
         with self.path.open("r+b") as image:

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 #: Signature, type, heads, cylinders, sectors in a cluster, entries of the block table, sectors of the disk, whether it
-#: is in use, first sector of data, flags, offset of an extension.
+#: is in use, first sector of data, flags, first sector of an extension.
 _HEADER = struct.Struct("<16sIIIIIQIIIQ")
 HEADER_SIZE = _HEADER.size
 
@@ -147,7 +147,7 @@ def _unpack(content: bytes, file_size: int, name: str) -> Header:
         raise refusal("it does not begin with the signature of a ploop image, of version 1 or 2")
     if len(content) < HEADER_SIZE:
         raise refusal(f"its header is cut off after {len(content)} bytes")
-    _, kind, _, _, cluster, entries, sectors, state, first, flags, _ = _HEADER.unpack(content)
+    _, kind, _, _, cluster, entries, sectors, state, first, flags, extension = _HEADER.unpack(content)
     if kind != _TYPE_EXPANDED:
         raise refusal(f"a ploop image of type {kind}; only the expanded one, {_TYPE_EXPANDED}, is known")
     if not MIN_CLUSTER <= cluster <= MAX_CLUSTER or cluster & (cluster - 1):
@@ -169,8 +169,24 @@ def _unpack(content: bytes, file_size: int, name: str) -> Header:
         in_use=state == _IN_USE,
         file_size=file_size,
     )
-    if first % cluster or header.first_block < first_block(entries, header.cluster_size):
-        raise refusal(f"data from byte {header.first_block} on overlap a block table of {entries} entries")
-    if file_size < header.first_block:
-        raise refusal(f"its block table reaches to {header.first_block}, the file ends at {file_size}")
+    reason = _misplaced(header, extension * names.SECTOR)
+    if reason:
+        raise refusal(reason)
     return header
+
+
+def _misplaced(header: Header, extension: int) -> str:
+    """Return what is wrong with where things are in a file; empty: nothing.
+
+    :param extension: byte at which an extension begins; 0: there is none.
+    """
+    if header.first_block % header.cluster_size or header.first_block < first_block(
+        header.entries, header.cluster_size
+    ):
+        return f"data from byte {header.first_block} on overlap a block table of {header.entries} entries"
+    if header.file_size < header.first_block:
+        return f"its block table reaches to {header.first_block}, the file ends at {header.file_size}"
+    # Nothing here needs what is there, but QEMU reads it: one cluster. A number that is too large ends it by a signal.
+    if extension and not header.first_block <= extension <= header.file_size - header.cluster_size:
+        return f"its extension, from byte {extension} on, is not in one of the file's clusters"
+    return ""
