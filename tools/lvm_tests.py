@@ -35,7 +35,7 @@ SHARES: dict[str, list[str]] = {
     ],
     "boot": [_BOOT],
 }
-_TIMEOUT = 1500.0
+_TIMEOUT = 2400.0
 _NOTHING_SELECTED = 5
 
 
