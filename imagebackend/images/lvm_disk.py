@@ -426,7 +426,7 @@ class LvmDisk:
             header = volume.size - lvm_encryption.content_size(volume)
             block_device.zero(self.open(volume), before - header, volume.size - header)
             faults.point("disk.resize.zeroed")
-        self.group.drop_tags(self.name, lvm_naming.tags({"grown_from": before}))
+        self.group.publish(self.name, drop_tags=lvm_naming.tags({"grown_from": before}))
 
     def _crypt_mapping(self, volume: str, cipher: Cipher) -> CryptMapping:
         return CryptMapping(self.conf, self.group, volume, cipher, self._key)

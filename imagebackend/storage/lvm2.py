@@ -189,13 +189,6 @@ class VolumeGroup:
         words += [*_tag_arguments("--addtag", add_tags), *_tag_arguments("--deltag", drop_tags)]
         self._run(["lvchange", "--yes", *words, self._of(name)])
 
-    def drop_tags(self, name: str, tags: Iterable[str]) -> None:
-        """Remove tags from a volume.
-
-        :raises DiskNotFound: there is no such volume.
-        """
-        self._run(["lvchange", "--yes", *_tag_arguments("--deltag", tags), self._of(name)])
-
     def activate(self, name: str) -> None:
         """Give a volume its device; nothing happens if it has it.
 

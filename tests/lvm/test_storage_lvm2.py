@@ -34,7 +34,7 @@ def test_a_volume_is_made_found_changed_and_removed(group: VolumeGroup) -> None:
     assert volume.extent_size == MIB
     assert os.stat(group.device("one")).st_rdev
 
-    group.drop_tags("one", ["imagebackend.kind=disk"])
+    group.publish("one", drop_tags=["imagebackend.kind=disk"])
     group.publish("one", add_tags=["done"], read_only=True)
     group.deactivate("one")
     volume = only(group, "one")

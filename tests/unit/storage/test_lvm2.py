@@ -33,4 +33,4 @@ def test_hyphens_count_twice_in_the_name_of_a_device() -> None:
 @pytest.mark.parametrize("tag", ["", "-x", "a b", "a,b", "a\n", "é", "x" * 1025, '"', "a'b"])
 def test_tags_that_lvm_does_not_take(tag: str) -> None:
     with pytest.raises(exceptions.InvalidName):
-        lvm2.VolumeGroup("vg", timeout=1).drop_tags("x", [tag])
+        lvm2.VolumeGroup("vg", timeout=1).publish("x", drop_tags=[tag])
